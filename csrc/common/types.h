@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vocabulary every layer shares.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FA_HOST_DEVICE inline
+#endif
+
+namespace fa {
+
+enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
+enum class Pass { kForward, kBackward };
+
+// kFull: every query sees every key. kWindow: a bottom-right aligned band; causal is one such band.
+enum class MaskMode { kFull, kWindow };
+
+// A set of kernels that share an instruction set; see dispatch/kernel_table.h.
+enum class Family { kCpu, kSm80 };
+
+constexpr const char* name_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat16:
+      return "float16";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+  }
+  return "";
+}
+
+constexpr const char* name_of(Pass pass) { return pass == Pass::kForward ? "fwd" : "bwd"; }
+constexpr const char* name_of(MaskMode mask) { return mask == MaskMode::kFull ? "full" : "window"; }
+constexpr const char* name_of(Family family) { return family == Family::kCpu ? "cpu" : "sm80"; }
+
+}  // namespace fa
