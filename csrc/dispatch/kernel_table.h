@@ -20,20 +20,22 @@ struct KernelConfig {
   Dtype dtype;
   int head_dim;   // the largest this row runs; a smaller one is zero-filled in shared memory
   MaskMode mask;  // a kWindow row runs full attention too
-  int tile_m;     // queries
-  int tile_n;     // keys
+  int tile_m;     // queries; in a CUDA backward, rows that pass by a block at a time
+  int tile_n;     // keys; in a CUDA backward, rows that a block owns
   int warps;      // of a thread block; 0 on the CPU
 
   constexpr int threads() const { return 32 * warps; }
 
-  // Dynamic shared memory of a thread block: tiles of q, k, v; backward of q, dout, k, v.
+  // Dynamic shared memory of a thread block: tiles of q, k, v; backward of q, dout, k, v and, where
+  // queries pass by, their lse and delta.
   constexpr int64_t smem_bytes() const {
     if (family == Family::kCpu) {
       return 0;
     }
     const int64_t rows = pass == Pass::kForward ? tile_m + 2 * tile_n : 2 * tile_m + 2 * tile_n;
     const int64_t element_bytes = 2;
-    return rows * head_dim * element_bytes;
+    const int64_t statistics = pass == Pass::kForward ? 0 : 2 * tile_m;
+    return rows * head_dim * element_bytes + statistics * static_cast<int64_t>(sizeof(float));
   }
 
   // For example flash_fwd_sm80_bfloat16_d64_window.
@@ -66,10 +68,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kBackward, kBFloat16,  64, kWindow,  64,  64, 4},
   {kSm80, kBackward, kFloat16,   64, kFull,    64,  64, 4},
   {kSm80, kBackward, kFloat16,   64, kWindow,  64,  64, 4},
-  {kSm80, kBackward, kBFloat16, 128, kFull,    64,  64, 4},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,  64,  64, 4},
-  {kSm80, kBackward, kFloat16,  128, kFull,    64,  64, 4},
-  {kSm80, kBackward, kFloat16,  128, kWindow,  64,  64, 4},
+  {kSm80, kBackward, kBFloat16, 128, kFull,    32,  64, 4},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,  32,  64, 4},
+  {kSm80, kBackward, kFloat16,  128, kFull,    32,  64, 4},
+  {kSm80, kBackward, kFloat16,  128, kWindow,  32,  64, 4},
 
   {kCpu,  kForward,  kFloat32,  512, kWindow,  64,  64, 0},
   {kCpu,  kForward,  kBFloat16, 512, kWindow,  64,  64, 0},

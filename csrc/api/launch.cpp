@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "api/launch.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/check.h"
+
+namespace fa::api {
+namespace {
+
+using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+
+// aoti_torch_get_current_cuda_stream lives in libtorch_cuda. Linking it would tie the build to a
+// CUDA torch, and a weak reference stays null where the linker drops the library, so it is looked
+// up once in the library torch has loaded.
+GetCurrentStream find_get_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* symbol =
+      library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+  check(symbol != nullptr, ErrorKind::kRuntime,
+        "the running torch has no CUDA support, but was given CUDA tensors");
+  return reinterpret_cast<GetCurrentStream>(symbol);
+}
+
+void* current_cuda_stream(int device_index) {
+  static const GetCurrentStream get_current_stream = find_get_current_stream();
+  void* stream = nullptr;
+  check(get_current_stream(device_index, &stream) == TORCH_SUCCESS, ErrorKind::kRuntime,
+        "torch did not name the current stream of cuda:", device_index);
+  return stream;
+}
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain_size,
+                  void (*body)(int64_t, int64_t, void*), void* context) {
+  check(torch_parallel_for(begin, end, grain_size, body, context) == TORCH_SUCCESS,
+        ErrorKind::kRuntime, "a CPU kernel failed; the most likely reason is lack of memory");
+}
+
+template <typename Params>
+void launch_row(void (*kernel)(const Params&, const LaunchContext&), const Params& params,
+                const Tensor& q) {
+  if (q.is_cpu()) {
+    kernel(params, {.parallel_for = parallel_for});
+    return;
+  }
+  const int device_index = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  kernel(params, {.stream = current_cuda_stream(device_index)});
+}
+
+}  // namespace
+
+CudaDevice cuda_device(int device_index) {
+  check(registry().query_cuda_device != nullptr, ErrorKind::kNotImplemented,
+        "this build of flash_attn_cuda has no CUDA kernels; reinstall it from source where nvcc "
+        "(CUDA "
+        "12.8 or newer) is on PATH or CUDA_HOME is set");
+  return registry().query_cuda_device(device_index);
+}
+
+Problem problem_for(Pass pass, const Tensor& q, const Shape& shape, const WindowMask& window) {
+  return {.pass = pass,
+          .dtype = dtype_of({"q", q}),
+          .head_dim = shape.head_dim,
+          .full_mask = window.is_full(),
+          .on_cuda = q.is_cuda(),
+          .device = q.is_cuda() ? cuda_device(q.get_device_index()) : CudaDevice{}};
+}
+
+void launch(const FwdParams& params, const Tensor& q, int row) {
+  launch_row(registry().kernels[row].forward, params, q);
+}
+
+void launch(const BwdParams& params, const Tensor& q, int row) {
+  launch_row(registry().kernels[row].backward, params, q);
+}
+
+}  // namespace fa::api

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From a problem on a device to the chosen kernel, running on that device's current stream or on
+// torch's CPU threads.
+#pragma once
+
+#include "api/tensors.h"
+#include "dispatch/select.h"
+
+namespace fa::api {
+
+// The CUDA device's properties; throws fa::Error in a build without CUDA, saying how to get one
+// with it.
+CudaDevice cuda_device(int device_index);
+
+Problem problem_for(Pass pass, const Tensor& q, const Shape& shape, const WindowMask& window);
+
+void launch(const FwdParams& params, const Tensor& q, int row);
+void launch(const BwdParams& params, const Tensor& q, int row);
+
+}  // namespace fa::api

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// torch tensors -> checked, kernel-ready views. Every sentence names the argument, what was
+// expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/params.h"
+#include "dispatch/registry.h"
+
+namespace fa::api {
+
+using torch::stable::Tensor;
+
+// An argument and its name in messages.
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+
+Dtype dtype_of(const Argument& argument);
+
+// Row statistics are float, or double where the inputs are double.
+torch::headeronly::ScalarType statistics_dtype(Dtype dtype);
+
+// Checks rank, dtype, device and shape of q, k, v against each other.
+Shape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v);
+
+// Checks that a tensor has the shape, dtype and device of a reference.
+void check_like(const Argument& argument, const Argument& reference);
+
+void check_shape(const Argument& argument, std::initializer_list<int64_t> expected);
+
+// Checks the window's bounds: -1 (unbounded) or a number of keys.
+WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_right);
+
+// head_dim as the kernels of the tensor's device take it: a multiple of 8 on CUDA, where loads are
+// 16 bytes wide.
+int kernel_head_dim(const Tensor& tensor, int head_dim);
+
+// The tensor itself where a kernel can read it in place; otherwise a copy with a contiguous last
+// dimension and, on CUDA, 16-byte aligned rows and head_dim padded with zeros to kernel_head_dim.
+Tensor readable(const Tensor& tensor);
+
+// A new contiguous tensor on the device of `like`.
+Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like,
+             torch::headeronly::ScalarType dtype);
+
+// The first head_dim columns of a kernel's output, contiguous.
+Tensor without_padding(const Tensor& tensor, int head_dim);
+
+TensorView view(const Tensor& tensor);
+
+}  // namespace fa::api

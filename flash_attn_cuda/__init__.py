@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exact attention in linear memory: FlashAttention on CUDA and on the CPU."""
+
+from flash_attn_cuda._version import __version__
+from flash_attn_cuda.functional import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
+from flash_attn_cuda.introspect import Decision, Explanation, build_info, explain
+
+__all__ = [
+    "Decision",
+    "Explanation",
+    "__version__",
+    "build_info",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+]

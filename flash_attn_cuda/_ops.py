@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators: fake kernels, autograd, and the one entry point that the public functions call.
+
+Eager calls go through an autograd.Function, which costs about 20 microseconds; the same formulas
+are registered on the operator for torch.compile and torch.export, where the cost of registration is
+paid once, while tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from flash_attn_cuda._load import load_extension
+
+_C = load_extension()
+_fwd = torch.ops.flash_attn_cuda.fwd.default
+_bwd = torch.ops.flash_attn_cuda.bwd.default
+
+_ERRORS = {
+    "ValueError": ValueError,
+    "TypeError": TypeError,
+    "NotImplementedError": NotImplementedError,
+    "RuntimeError": RuntimeError,
+}
+
+
+def _raise_named(error: RuntimeError) -> NoReturn:
+    """The compiled code prefixes a message with the exception that it stands for."""
+    name, _, sentence = str(error).partition(": ")
+    if name in _ERRORS:
+        raise _ERRORS[name](sentence) from None
+    raise error
+
+
+def _statistics_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_fake(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What tracing must know; the compiled code checks everything when it runs."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions (batch, seqlen, heads, head_dim), got "
+                f"{tensor.dim()} in shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} like q, got {tensor.device}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected {q.dtype} like q, got {tensor.dtype}")
+
+
+@torch.library.register_fake("flash_attn_cuda::fwd")  # type: ignore[untyped-decorator]
+def _fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int
+) -> tuple[Tensor, Tensor]:
+    _check_fake(q, k, v)
+    batch, seqlen_q, heads, _ = q.shape
+    softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=_statistics_dtype(q))
+    return q.new_empty(q.shape), softmax_lse
+
+
+@torch.library.register_fake("flash_attn_cuda::bwd")  # type: ignore[untyped-decorator]
+def _bwd_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.softmax_scale, ctx.window_left, ctx.window_right = inputs
+    out, softmax_lse = output
+    ctx.save_for_backward(q, k, v, out, softmax_lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    run_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    ctx: Any,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    if dout is None and dlse is None:
+        return None, None, None, None, None, None
+    q, k, v, out, softmax_lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = run_bwd(
+        dout, dlse, q, k, v, out, softmax_lse, ctx.softmax_scale, ctx.window_left, ctx.window_right
+    )
+    return dq, dk, dv, None, None, None
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise NotImplementedError(
+        "the gradient of flash_attn_cuda's gradient is not implemented: call backward() without "
+        "create_graph=True, or use flash_attn_cuda.reference.attention_ref, which is "
+        "differentiable any number of times"
+    )
+
+
+# For torch.compile and torch.export.
+torch.library.register_autograd(
+    "flash_attn_cuda::fwd", partial(_gradients, _bwd), setup_context=_setup_context
+)
+torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
+
+
+# For eager mode. AutoDispatchBelowAutograd skips the registrations above; apply() inspects forward's
+# signature at every call, so a short one saves time.
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            dq, dk, dv = _bwd(*inputs)
+        return dq, dk, dv
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_refuse_double_backward)
+
+
+class _Forward(torch.autograd.Function):
+    """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2, with gradients through out and LSE."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, softmax_lse = _fwd(*inputs)
+        return out, softmax_lse
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        run_bwd = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        return _gradients(run_bwd, ctx, dout, dlse)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp; both are differentiable.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        k, v: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads.
+        softmax_scale: factor of q @ k^T.
+        window_left, window_right: keys seen before and after the bottom-right aligned diagonal; -1
+            is unbounded.
+
+    Returns:
+        out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
+        natural log.
+    """
+    if torch.compiler.is_compiling():
+        out, softmax_lse = _fwd(q, k, v, softmax_scale, window_left, window_right)
+        return out, softmax_lse
+    try:
+        if torch.is_grad_enabled():
+            out, softmax_lse = _Forward.apply(q, k, v, softmax_scale, window_left, window_right)  # type: ignore[no-untyped-call]
+        else:
+            out, softmax_lse = _Forward.forward(q, k, v, softmax_scale, window_left, window_right)
+    except RuntimeError as error:
+        _raise_named(error)
+    return out, softmax_lse

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The public functions: flash-attn 2's arguments, order and returns, then our own arguments."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flash_attn_cuda import _ops
+
+# A Tensor, or a tuple of them where the arguments ask for more than the output.
+AttentionResult: TypeAlias = Tensor | Any
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    return_max_logit: bool = False,
+    generator: torch.Generator | None = None,
+) -> AttentionResult:
+    """Exact attention, softmax(softmax_scale * q @ k^T) @ v, in memory linear in the lengths.
+
+    Implements FlashAttention-2 (Dao, 2023, Algorithms 1 and 2). Query i sees key j if
+    ``i + off - left <= j <= i + off + right``, where ``off = seqlen_k - seqlen_q`` and
+    ``(left, right) = window_size``. A query that sees no key has output 0, LSE -inf, gradient 0.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim). float64, float32, bfloat16 or float16 and head_dim up
+            to 512 on the CPU; bfloat16 or float16 and head_dim up to 128 on CUDA, where
+            torch.autocast casts float32. Any strides.
+        k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (grouped-query attention).
+        v: like k.
+        dropout_p: only 0.0 for now.
+        softmax_scale: default head_dim ** -0.5.
+        causal: sets the window's right side to 0.
+        window_size: (left, right), in keys; -1 is unbounded.
+        softcap: only 0.0 for now.
+        alibi_slopes: only None for now.
+        deterministic: every kernel is deterministic at present, so both values do the same.
+        return_attn_probs: return (out, softmax_lse, S_dmask) as flash-attn does; S_dmask is empty
+            without dropout.
+        return_lse: return (out, softmax_lse); softmax_lse is (batch, heads, seqlen_q), float32
+            (float64 for float64 inputs), natural log, and differentiable.
+        attn_bias, attn_mask, key_padding_mask, seqlens_q, seqlens_k, document_ids, prefix_lens,
+            sinks, block_mask, return_max_logit, generator: only their defaults for now.
+
+    Returns:
+        out, (batch, seqlen_q, heads, head_dim), contiguous, in the inputs' dtype; or a tuple as
+        asked for above.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
+        NotImplementedError: an argument whose kernels do not exist yet, or a GPU without a kernel.
+    """
+    not_yet = {
+        "dropout_p": dropout_p != 0.0,
+        "softcap": softcap != 0.0,
+        "alibi_slopes": alibi_slopes is not None,
+        "attn_bias": attn_bias is not None,
+        "attn_mask": attn_mask is not None,
+        "key_padding_mask": key_padding_mask is not None,
+        "seqlens_q": seqlens_q is not None,
+        "seqlens_k": seqlens_k is not None,
+        "document_ids": document_ids is not None,
+        "prefix_lens": prefix_lens is not None,
+        "sinks": sinks is not None,
+        "block_mask": block_mask is not None,
+        "return_max_logit": return_max_logit,
+        "generator": generator is not None,
+    }
+    if any(not_yet.values()):
+        names = ", ".join(name for name, given in not_yet.items() if given)
+        raise NotImplementedError(f"{names}: not implemented yet; leave the default")
+
+    q, k, v = _autocast(q, k, v)
+    window_left, window_right = _window(causal, window_size)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out, softmax_lse = _ops.attention(q, k, v, scale, window_left, window_right)
+    if return_attn_probs:
+        return out, softmax_lse, q.new_empty(0)
+    return (out, softmax_lse) if return_lse else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    return_max_logit: bool = False,
+    generator: torch.Generator | None = None,
+) -> AttentionResult:
+    """:func:`flash_attn_func` on one packed tensor.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, head_dim): q, k, v along dimension 2. They are read in place.
+
+    All other arguments, the results and the errors are those of :func:`flash_attn_func`.
+    """
+    _check_packed("qkv", qkv, 3)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        return_lse=return_lse,
+        attn_bias=attn_bias,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        document_ids=document_ids,
+        prefix_lens=prefix_lens,
+        sinks=sinks,
+        block_mask=block_mask,
+        return_max_logit=return_max_logit,
+        generator=generator,
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    return_max_logit: bool = False,
+    generator: torch.Generator | None = None,
+) -> AttentionResult:
+    """:func:`flash_attn_func` with keys and values in one packed tensor.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        kv: (batch, seqlen_k, 2, heads_kv, head_dim): k, v along dimension 2. They are read in
+            place.
+
+    All other arguments, the results and the errors are those of :func:`flash_attn_func`.
+    """
+    _check_packed("kv", kv, 2)
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        return_lse=return_lse,
+        attn_bias=attn_bias,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        seqlens_q=seqlens_q,
+        seqlens_k=seqlens_k,
+        document_ids=document_ids,
+        prefix_lens=prefix_lens,
+        sinks=sinks,
+        block_mask=block_mask,
+        return_max_logit=return_max_logit,
+        generator=generator,
+    )
+
+
+def _check_packed(name: str, packed: Tensor, parts: int) -> None:
+    if packed.dim() != 5 or packed.shape[2] != parts:
+        raise ValueError(
+            f"{name}: expected shape (batch, seqlen, {parts}, heads, head_dim), got "
+            f"{tuple(packed.shape)}"
+        )
+
+
+def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    if len(window_size) != 2:
+        raise ValueError(f"window_size: expected (left, right), got {window_size!r}")
+    left, right = window_size
+    return left, 0 if causal else right
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast, attention runs in the autocast dtype, as torch's own attention does."""
+    device_type = q.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device_type)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    q, k, v = (tensor.to(dtype) if tensor.dtype in castable else tensor for tensor in (q, k, v))
+    return q, k, v

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What this build contains, and which kernel a call would run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn_cuda._ops import _C
+from flash_attn_cuda._version import __version__
+from flash_attn_cuda.functional import _autocast, _window
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one pass runs. ``kernel`` is None where nothing does, and ``error`` then says why.
+
+    ``reasons`` tells for each row of the kernel table, by name, why it does not run, or "runs". The
+    first that runs is chosen.
+    """
+
+    kernel: str | None
+    error: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            if name != self.kernel:
+                by_reason.setdefault(reason, []).append(name)
+        lines = [self.kernel or f"no kernel: {self.error}"]
+        for reason, names in by_reason.items():
+            rows = ", ".join(names) if len(names) <= 3 else f"{len(names)} others"
+            note = "also run; the first that runs is taken" if reason == "runs" else reason
+            lines.append(f"    not {rows}: {note}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`explain`; ``print`` it."""
+
+    device: str
+    forward: Decision
+    backward: Decision
+
+    def __str__(self) -> str:
+        return f"on {self.device}\n  forward: {self.forward}\n  backward: {self.backward}"
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Explanation:
+    """Which kernels :func:`flash_attn_func` would run for these arguments, and why not the others.
+
+    Nothing is launched, and only shapes, dtypes and devices of the tensors are read.
+
+    Args:
+        q, k, v, causal, window_size: as of :func:`flash_attn_func`.
+
+    Returns:
+        An :class:`Explanation`; its str() is a report.
+
+    Raises:
+        NotImplementedError: the tensors are on CUDA and this build or torch has no CUDA support.
+    """
+    q, k, v = _autocast(q, k, v)
+    window_left, window_right = _window(causal, window_size)
+    on_cuda = q.device.type == "cuda"
+    device = "the CPU"
+    compute_capability, smem_opt_in = 0, 0
+    if on_cuda:
+        index = q.device.index if q.device.index is not None else torch.cuda.current_device()
+        compute_capability, smem_opt_in = _C.query_cuda_device(index)
+        device = f"{torch.cuda.get_device_name(index)} (sm_{compute_capability})"
+
+    def decide(pass_name: str) -> Decision:
+        decision: dict[str, Any] = _C.explain(
+            pass_name=pass_name,
+            dtype=str(q.dtype).removeprefix("torch."),
+            head_dim=q.shape[3],
+            seqlen_q=q.shape[1],
+            seqlen_k=k.shape[1],
+            window_left=window_left,
+            window_right=window_right,
+            on_cuda=on_cuda,
+            compute_capability=compute_capability,
+            smem_opt_in=smem_opt_in,
+        )
+        error = decision.get("error")
+        return Decision(decision["kernel"], error and error.partition(": ")[2], decision["reasons"])
+
+    return Explanation(device, decide("fwd"), decide("bwd"))
+
+
+def build_info() -> dict[str, Any]:
+    """What was built.
+
+    Returns:
+        ``version``; ``cuda_version`` of the toolkit ("13.0") or None for a CPU-only build;
+        ``architectures``, the GPU code inside ("sm_80" is machine code, "compute_80" is PTX for
+        newer GPUs); ``cpu_isa``, the vector instructions that the CPU kernels use on this machine;
+        ``kernels``, one dict per row of the kernel table.
+    """
+    info: dict[str, Any] = _C.build_info()
+    cuda = info["cuda_version"]
+    return {
+        "version": __version__,
+        "cuda_version": f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
+        "architectures": info["architectures"],
+        "cpu_isa": info["cpu_isa"],
+        "kernels": _C.kernel_table(),
+    }

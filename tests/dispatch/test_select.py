@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Selection is a pure function of the problem, so every device is tested here, without any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import flash_attn_cuda
+from flash_attn_cuda import _C
+
+SM80_SMEM, RTX_SMEM, H100_SMEM = 163 * 1024, 99 * 1024, 227 * 1024
+HAS_CUDA = flash_attn_cuda.build_info()["cuda_version"] is not None
+needs_cuda_build = pytest.mark.skipif(not HAS_CUDA, reason="this build has no CUDA kernels")
+
+
+def decide(**changes: Any) -> dict[str, Any]:
+    problem: dict[str, Any] = {
+        "pass_name": "fwd",
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "seqlen_q": 1000,
+        "seqlen_k": 1000,
+        "window_left": -1,
+        "window_right": -1,
+        "on_cuda": True,
+        "compute_capability": 90,
+        "smem_opt_in": H100_SMEM,
+    }
+    return _C.explain(**(problem | changes))
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "flash_fwd_sm80_bfloat16_d128_full"),
+        ({"window_right": 0}, "flash_fwd_sm80_bfloat16_d128_window"),
+        ({"window_left": 256, "window_right": 256}, "flash_fwd_sm80_bfloat16_d128_window"),
+        ({"window_left": 999, "window_right": 999}, "flash_fwd_sm80_bfloat16_d128_full"),
+        ({"head_dim": 8}, "flash_fwd_sm80_bfloat16_d64_full"),
+        ({"head_dim": 64}, "flash_fwd_sm80_bfloat16_d64_full"),
+        ({"head_dim": 65}, "flash_fwd_sm80_bfloat16_d128_full"),
+        ({"dtype": "float16"}, "flash_fwd_sm80_float16_d128_full"),
+        ({"pass_name": "bwd"}, "flash_bwd_sm80_bfloat16_d128_full"),
+        ({"pass_name": "bwd", "window_right": 0}, "flash_bwd_sm80_bfloat16_d128_window"),
+        ({"compute_capability": 80, "smem_opt_in": SM80_SMEM}, "flash_fwd_sm80_bfloat16_d128_full"),
+        ({"compute_capability": 89, "smem_opt_in": RTX_SMEM}, "flash_fwd_sm80_bfloat16_d128_full"),
+        ({"on_cuda": False}, "flash_fwd_cpu_bfloat16_d512_window"),
+        ({"on_cuda": False, "dtype": "float64"}, "flash_fwd_cpu_float64_d512_window"),
+        ({"on_cuda": False, "head_dim": 512}, "flash_fwd_cpu_bfloat16_d512_window"),
+    ],
+)
+def test_documented_choices(changes: dict[str, Any], kernel: str) -> None:
+    assert decide(**changes)["kernel"] == kernel
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"on_cuda": False, "head_dim": 513},
+            "ValueError: head_dim of q, k, v: expected at most 512 on the CPU, got 513",
+        ),
+        pytest.param(
+            {"compute_capability": 75},
+            "NotImplementedError: no kernel for sm_75; compiled: ",
+            marks=needs_cuda_build,
+        ),
+        pytest.param(
+            {"dtype": "float32"},
+            "TypeError: q, k, v: expected bfloat16 or float16 on CUDA, got float32; cast them or "
+            "call under torch.autocast",
+            marks=needs_cuda_build,
+        ),
+        pytest.param(
+            {"head_dim": 129},
+            "ValueError: head_dim of q, k, v: expected at most 128 on CUDA, got 129",
+            marks=needs_cuda_build,
+        ),
+        pytest.param(
+            {"smem_opt_in": 16 * 1024},
+            "a block of this device has 16384",
+            marks=needs_cuda_build,
+        ),
+    ],
+)
+def test_a_problem_without_a_kernel_is_refused_in_one_sentence(
+    changes: dict[str, Any], sentence: str
+) -> None:
+    decision = decide(**changes)
+    assert decision["kernel"] is None
+    assert sentence in decision["error"]
+
+
+@needs_cuda_build
+def test_every_built_row_is_chosen_by_some_problem() -> None:
+    reached = {
+        decide(
+            pass_name=pass_name,
+            dtype=dtype,
+            head_dim=head_dim,
+            window_right=window_right,
+            on_cuda=on_cuda,
+        )["kernel"]
+        for pass_name in ("fwd", "bwd")
+        for dtype in ("bfloat16", "float16", "float32", "float64")
+        for head_dim in (64, 128, 512)
+        for window_right in (-1, 0)
+        for on_cuda in (True, False)
+    }
+    assert {row["name"] for row in _C.kernel_table() if row["built"]} <= reached
+
+
+@needs_cuda_build
+def test_every_problem_has_a_row_within_the_smallest_shared_memory() -> None:
+    for pass_name in ("fwd", "bwd"):
+        for head_dim in (8, 64, 96, 128):
+            for window_right in (-1, 0):
+                decision = decide(
+                    pass_name=pass_name,
+                    head_dim=head_dim,
+                    window_right=window_right,
+                    compute_capability=86,
+                    smem_opt_in=RTX_SMEM,
+                )
+                assert decision["kernel"], decision
+
+
+def test_reasons_name_every_row_of_the_pass() -> None:
+    decision = decide(on_cuda=False)
+    rows = {row["name"] for row in _C.kernel_table() if row["pass"] == "fwd"}
+    assert set(decision["reasons"]) == rows
+    assert decision["reasons"][decision["kernel"]] == "runs"
+    assert decision["reasons"]["flash_fwd_cpu_float32_d512_window"] == (
+        "it takes float32, not bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not_run"),
+    [
+        (["sm_80"], [80, 86, 89], [75, 90, 100, 120]),
+        (["sm_90a"], [90], [80, 89, 100, 120]),
+        (["sm_86"], [86, 89], [80, 90]),
+        (["compute_80"], [80, 89, 90, 100, 120], [75]),
+        (["sm_80", "compute_80", "sm_90a"], [80, 90, 103, 121], [70, 75]),
+        ([], [], [80, 90]),
+    ],
+)
+def test_machine_code_runs_where_cuda_says(
+    architectures: list[str], runs: list[int], does_not_run: list[int]
+) -> None:
+    assert all(_C.runs_on(architectures, capability) for capability in runs)
+    assert not any(_C.runs_on(architectures, capability) for capability in does_not_run)
