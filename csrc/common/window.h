@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which keys a query sees. Full, causal and sliding-window attention are one rule:
-//   query i sees key j  iff  i + offset - left <= j <= i + offset + right,   offset = seqlen_k -
-//   seqlen_q
-// (bottom-right aligned). Tiles ask for two ranges: the keys that any of their rows sees, which
-// bound the loop, and the keys that all of their rows see, which need no mask.
+// Which keys a query sees. Full, causal and sliding-window attention are one rule, aligned at the
+// bottom right, with offset = seqlen_k - seqlen_q:
+//   query i sees key j  iff  i + offset - left <= j <= i + offset + right
+// Tiles ask for two ranges: the keys that any of their rows sees, which bound the loop, and the
+// keys that all of their rows see, which need no mask. A tile may reach past the end of its
+// sequence: queries there do not count, and keys there are seen by no query.
 #pragma once
 
 #include "common/math.h"
@@ -42,25 +43,38 @@ class WindowMask {
     return key >= 0 && key < seqlen_k_ && -left_ <= relative && relative <= right_;
   }
 
-  // Keys that at least one query of [queries.begin, queries.end) may see.
+  // Keys that at least one query of [queries.begin, queries.end) sees.
   FA_HOST_DEVICE constexpr Range keys_seen_by_any(Range queries) const {
-    return bounded(queries.begin + offset() - left_, queries.end + offset() + right_, seqlen_k_);
+    const Range rows = clip(queries, seqlen_q_);
+    return rows.empty()
+               ? Range{0, 0}
+               : clip({rows.begin + offset() - left_, rows.end + offset() + right_}, seqlen_k_);
   }
 
   // Keys that every query of the range sees: no mask is needed there.
   FA_HOST_DEVICE constexpr Range keys_seen_by_all(Range queries) const {
-    return bounded(queries.end - 1 + offset() - left_, queries.begin + 1 + offset() + right_,
-                   seqlen_k_);
+    const Range rows = clip(queries, seqlen_q_);
+    return rows.empty()
+               ? Range{0, 0}
+               : clip({rows.end - 1 + offset() - left_, rows.begin + 1 + offset() + right_},
+                      seqlen_k_);
   }
 
-  // Queries that may see at least one key of [keys.begin, keys.end).
+  // Queries that see at least one key of [keys.begin, keys.end).
   FA_HOST_DEVICE constexpr Range queries_seeing_any(Range keys) const {
-    return bounded(keys.begin - offset() - right_, keys.end - offset() + left_, seqlen_q_);
+    const Range columns = clip(keys, seqlen_k_);
+    return columns.empty()
+               ? Range{0, 0}
+               : clip({columns.begin - offset() - right_, columns.end - offset() + left_},
+                      seqlen_q_);
   }
 
-  // Queries that see every key of the range.
+  // Queries that see every key of the range; none where it reaches past the sequence.
   FA_HOST_DEVICE constexpr Range queries_seeing_all(Range keys) const {
-    return bounded(keys.end - 1 - offset() - right_, keys.begin + 1 - offset() + left_, seqlen_q_);
+    return keys.empty() || keys.end > seqlen_k_
+               ? Range{0, 0}
+               : clip({keys.end - 1 - offset() - right_, keys.begin + 1 - offset() + left_},
+                      seqlen_q_);
   }
 
   FA_HOST_DEVICE constexpr int seqlen_q() const { return seqlen_q_; }
@@ -73,9 +87,10 @@ class WindowMask {
     return bound < 0 || bound > unbounded ? unbounded : static_cast<int>(bound);
   }
 
-  FA_HOST_DEVICE static constexpr Range bounded(int begin, int end, int limit) {
-    const int first = max(begin, 0);
-    return {min(first, limit), max(min(end, limit), min(first, limit))};
+  // The part of a range inside [0, limit).
+  FA_HOST_DEVICE static constexpr Range clip(Range range, int limit) {
+    const int begin = min(max(range.begin, 0), limit);
+    return {begin, max(min(range.end, limit), begin)};
   }
 
   int seqlen_q_;

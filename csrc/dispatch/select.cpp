@@ -7,10 +7,13 @@
 
 #include "common/check.h"
 
-// Set by the build, for example "sm_80 sm_90a compute_80".
+// Set by the build as a bare list, for example sm_80,compute_80,sm_90a: no quotes to lose on the
+// way.
 #ifndef FA_COMPILED_ARCHS
-#define FA_COMPILED_ARCHS ""
+#define FA_COMPILED_ARCHS
 #endif
+#define FA_TEXT(...) #__VA_ARGS__
+#define FA_TEXT_OF(...) FA_TEXT(__VA_ARGS__)
 
 namespace fa {
 namespace {
@@ -132,10 +135,10 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
 }
 
 std::vector<std::string> compiled_architectures() {
-  std::istringstream stream(FA_COMPILED_ARCHS);
+  std::istringstream stream(FA_TEXT_OF(FA_COMPILED_ARCHS));
   std::vector<std::string> architectures;
-  for (std::string word; stream >> word;) {
-    architectures.push_back(word);
+  for (std::string name; std::getline(stream, name, ',');) {
+    architectures.push_back(name);
   }
   return architectures;
 }

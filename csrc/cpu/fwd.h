@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Forward pass (FlashAttention-2, Algorithm 1): one task is a tile of queries of one head. It walks
+// the keys that its queries see, tile by tile, and keeps a running maximum and sum per query.
+//
+// Scores are held transposed, (keys, queries): the softmax then works on vectors of queries with no
+// reduction inside a vector, and neither product needs anything but the queries transposed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/scheduler.h"
+#include "cpu/tile.h"
+
+namespace fa::cpu::FA_CPU_ISA {
+
+template <typename Real, int kTileM>
+class OnlineSoftmax {
+ public:
+  OnlineSoftmax() {
+    for (int query = 0; query < kTileM; ++query) {
+      maximum_[query] = -kInfinity<Real>;
+      sum_[query] = 0;
+    }
+  }
+
+  // scores (keys, queries) become exp(scores - maximum).
+  void update(int keys, int queries, Tile<Real> scores) {
+    for (int query = 0; query < queries; query += kBlockColumns<Real>) {
+      update_block(keys, query, {scores.data + query, scores.ld});
+    }
+  }
+
+  // What the last update made of everything summed before it.
+  Real rescale(int query) const { return rescale_[query]; }
+
+  Real inverse_sum(int query) const { return sum_[query] == 0 ? 0 : 1 / sum_[query]; }
+
+  Real lse(int query) const {
+    return sum_[query] == 0 ? -kInfinity<Real> : maximum_[query] + std::log(sum_[query]);
+  }
+
+ private:
+  void update_block(int keys, int query, Tile<Real> scores) {
+    Vec<Real> maximum[kBlockVectors];
+    Vec<Real> sum[kBlockVectors];
+    for (int i = 0; i < kBlockVectors; ++i) {
+      maximum[i] = load(maximum_ + query + i * kLanes<Real>);
+    }
+    for (int key = 0; key < keys; ++key) {
+      for (int i = 0; i < kBlockVectors; ++i) {
+        const Vec<Real> score = load(scores.row(key) + i * kLanes<Real>);
+        maximum[i] = score > maximum[i] ? score : maximum[i];
+      }
+    }
+    for (int i = 0; i < kBlockVectors; ++i) {
+      const int lane = query + i * kLanes<Real>;
+      const Vec<Real> before = load(maximum_ + lane);
+      store(maximum_ + lane, maximum[i]);
+      // A query that has seen no key yet: any finite number keeps -inf - maximum from being NaN.
+      maximum[i] = maximum[i] == -kInfinity<Real> ? Vec<Real>{} : maximum[i];
+      const Vec<Real> rescale = exp<Real>(before - maximum[i]);
+      store(rescale_ + lane, rescale);
+      sum[i] = load(sum_ + lane) * rescale;
+    }
+    for (int key = 0; key < keys; ++key) {
+      for (int i = 0; i < kBlockVectors; ++i) {
+        Real* score = scores.row(key) + i * kLanes<Real>;
+        const Vec<Real> p = exp<Real>(load(score) - maximum[i]);
+        store(score, p);
+        sum[i] += p;
+      }
+    }
+    for (int i = 0; i < kBlockVectors; ++i) {
+      store(sum_ + query + i * kLanes<Real>, sum[i]);
+    }
+  }
+
+  alignas(kCacheLine) Real maximum_[kTileM];
+  alignas(kCacheLine) Real sum_[kTileM];
+  alignas(kCacheLine) Real rescale_[kTileM];
+};
+
+template <Dtype kDtype, int kTileM, int kTileN>
+class FwdWorker {
+  using Element = typename ElementOf<kDtype>::Element;
+  using Real = typename ElementOf<kDtype>::Real;
+  static_assert(kTileM % kBlockColumns<Real> == 0);
+
+ public:
+  explicit FwdWorker(const FwdParams& params)
+      : params_(params),
+        rows_(max(kTileM, kTileN), params.shape.head_dim),
+        q_transposed_(params.shape.head_dim, kTileM),
+        v_(kTileN, params.shape.head_dim),
+        scores_(kTileN, kTileM),
+        out_(kTileM, params.shape.head_dim) {}
+
+  void run(int batch, int head, Range queries) {
+    const Shape& shape = params_.shape;
+    const WindowMask& window = params_.window;
+    const int head_kv = head / shape.group_size();
+    const Rows query_rows = {batch, head, queries};
+    const Real scale = static_cast<Real>(params_.softmax_scale);
+
+    const Tile<Real> q = rows_.tile();
+    const Tile<Real> q_transposed = q_transposed_.tile();  // (head_dim, queries)
+    load_rows<Element>(params_.q, query_rows, shape.head_dim, scale, q);
+    transpose(q, queries.size(), shape.head_dim, q_transposed);
+    visible_keys_.set(window, queries);
+    const Tile<Real> out = out_.tile();  // (queries, head_dim)
+    fill_rows<Real>(out, queries.size(), shape.head_dim, 0);
+    OnlineSoftmax<Real, kTileM> softmax;
+
+    const Range seen = window.keys_seen_by_any(queries);
+    for (int first_key = seen.begin; first_key < seen.end; first_key += kTileN) {
+      const Range keys = {first_key, min(first_key + kTileN, seen.end)};
+      const Rows key_rows = {batch, head_kv, keys};
+      const Tile<Real> k = rows_.tile();
+      const Tile<Real> v = v_.tile();
+      const Tile<Real> scores = scores_.tile();  // (keys, queries)
+      load_rows<Element>(params_.k, key_rows, shape.head_dim, Real{1}, k);
+      load_rows<Element>(params_.v, key_rows, shape.head_dim, Real{1}, v);
+
+      const int columns = padded<Real>(queries.size());
+      multiply<Lhs::kPlain, Result::kOverwrite>(keys.size(), columns, shape.head_dim, k,
+                                                q_transposed, scores);
+      if (needs_mask(window, queries, keys)) {
+        visible_keys_.hide(keys, columns, -kInfinity<Real>, scores);
+      }
+      softmax.update(keys.size(), columns, scores);
+      rescale_out(softmax, queries.size());
+      multiply<Lhs::kTransposed, Result::kAddTo>(queries.size(), padded<Real>(shape.head_dim),
+                                                 keys.size(), scores, v, out);
+    }
+    store_results(softmax, query_rows);
+  }
+
+ private:
+  void rescale_out(const OnlineSoftmax<Real, kTileM>& softmax, int queries) {
+    for (int query = 0; query < queries; ++query) {
+      Real* row = out_.tile().row(query);
+      const Vec<Real> rescale = broadcast(softmax.rescale(query));
+      for (int column = 0; column < padded<Real>(params_.shape.head_dim); column += kLanes<Real>) {
+        store(row + column, load(row + column) * rescale);
+      }
+    }
+  }
+
+  void store_results(const OnlineSoftmax<Real, kTileM>& softmax, const Rows& rows) {
+    const auto inverse_sum = [&softmax](int query) { return softmax.inverse_sum(query); };
+    store_rows<Element>(out_.tile(), rows, params_.shape.head_dim, inverse_sum, params_.out);
+    Real* lse = static_cast<Real*>(params_.softmax_lse) +
+                params_.shape.row_statistics_offset(rows.batch, rows.head) + rows.range.begin;
+    for (int query = 0; query < rows.range.size(); ++query) {
+      lse[query] = softmax.lse(query);
+    }
+  }
+
+  const FwdParams& params_;
+  TileBuffer<Real> rows_;  // q as it is loaded, then k: (queries or keys, head_dim)
+  TileBuffer<Real> q_transposed_;
+  TileBuffer<Real> v_;
+  TileBuffer<Real> scores_;
+  TileBuffer<Real> out_;
+  VisibleKeys<Real, kTileM> visible_keys_;
+};
+
+template <int kRow>
+void flash_fwd(const FwdParams& params, const LaunchContext& context) {
+  constexpr KernelConfig kConfig = table::kRows[kRow];
+  const Shape& shape = params.shape;
+  const int tiles = ceil_div(shape.seqlen_q, kConfig.tile_m);
+  const TileScheduler scheduler = {tiles, shape.num_heads, shape.batch};
+  parallel_for(context, scheduler.count(), [&](int64_t begin, int64_t end) {
+    FwdWorker<kConfig.dtype, kConfig.tile_m, kConfig.tile_n> worker(params);
+    for (int64_t index = begin; index < end; ++index) {
+      const WorkTile work = scheduler.at(index);
+      const int tile = balanced(work.tile, tiles);
+      worker.run(work.batch, work.head, tile_range(tile, kConfig.tile_m, shape.seqlen_q));
+    }
+  });
+}
+
+}  // namespace fa::cpu::FA_CPU_ISA

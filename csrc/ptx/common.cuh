@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The place of a thread, addresses, and single arithmetic instructions.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+#define FA_DEVICE __device__ __forceinline__
+
+namespace fa::ptx {
+
+inline constexpr int kWarpSize = 32;
+
+FA_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+FA_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// The 32-bit address that shared memory instructions take.
+FA_DEVICE uint32_t smem_address(const void* s_pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(s_pointer));
+}
+
+// 2^x to two units in the last place; exactly 0 for -inf, and subnormal results are 0.
+// PTX ISA, "Floating Point Instructions: ex2".
+FA_DEVICE float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+}  // namespace fa::ptx

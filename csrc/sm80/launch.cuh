@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From a row of the kernel table to launches on a stream, and the registration of both.
+#pragma once
+
+#include "common/math.h"
+#include "dispatch/registry.h"
+#include "sm80/bwd_kernel.cuh"
+#include "sm80/fwd_kernel.cuh"
+#include "support/bwd_preprocess.h"
+#include "support/launch.cuh"
+#include "support/resources.h"
+
+namespace fa::sm80 {
+
+template <typename Traits>
+void launch_forward(const FwdParams& params, const LaunchContext& context) {
+  const Shape& shape = params.shape;
+  support::launch<flash_fwd_sm80<Traits>>(
+      "flash_fwd_sm80", params,
+      TileScheduler{ceil_div(shape.seqlen_q, Traits::kTileM), shape.num_heads, shape.batch},
+      Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
+}
+
+template <typename Traits>
+void launch_backward(const BwdParams& params, const LaunchContext& context) {
+  const Shape& shape = params.shape;
+  support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  support::launch<flash_bwd_dkdv_sm80<Traits>>(
+      "flash_bwd_dkdv_sm80", params,
+      TileScheduler{ceil_div(shape.seqlen_k, Traits::kOwned), shape.num_heads_kv, shape.batch},
+      Traits::kThreads, sizeof(typename Traits::DkdvSharedMemory), context.stream);
+  support::launch<flash_bwd_dq_sm80<Traits>>(
+      "flash_bwd_dq_sm80", params,
+      TileScheduler{ceil_div(shape.seqlen_q, Traits::kOwned), shape.num_heads, shape.batch},
+      Traits::kThreads, sizeof(typename Traits::DqSharedMemory), context.stream);
+}
+
+template <typename Traits>
+KernelResources forward_resources() {
+  return support::resources_of(flash_fwd_sm80<Traits>, sizeof(typename Traits::SharedMemory));
+}
+
+template <typename Traits>
+KernelResources backward_resources() {
+  return support::larger(
+      support::resources_of(flash_bwd_dkdv_sm80<Traits>, sizeof(typename Traits::DkdvSharedMemory)),
+      support::resources_of(flash_bwd_dq_sm80<Traits>, sizeof(typename Traits::DqSharedMemory)));
+}
+
+// Registers every row of the table with this pass and head_dim when the library is loaded.
+template <Pass kPass, int kHeadDim>
+struct Registration {
+  Registration() { for_each_row<Family::kSm80, kPass, kHeadDim>(*this); }
+
+  template <int kRow>
+  void operator()() const {
+    RegisteredKernel& kernel = registry().kernels[kRow];
+    if constexpr (kPass == Pass::kForward) {
+      kernel.forward = launch_forward<FwdTraits<kRow>>;
+      kernel.resources = forward_resources<FwdTraits<kRow>>;
+    } else {
+      kernel.backward = launch_backward<BwdTraits<kRow>>;
+      kernel.resources = backward_resources<BwdTraits<kRow>>;
+    }
+  }
+};
+
+}  // namespace fa::sm80

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "common/params.h"
+
+namespace fa::support {
+
+// delta = rowsum(dout * out) - dlse, in float: the first step of every CUDA backward pass.
+// Element: __nv_bfloat16 or __half. head_dim must be a multiple of 8.
+template <typename Element>
+void launch_bwd_preprocess(const BwdParams& params, void* stream);
+
+}  // namespace fa::support

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How every kernel of this library is launched: over the work items of a TileScheduler, on the
+// caller's stream, with the errors checked.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "common/math.h"
+#include "common/scheduler.h"
+#include "support/cuda_check.h"
+
+namespace fa::support {
+
+// Blocks of one launch; kernels stride over more work. Far more than run at a time, and few enough
+// that the stride is testable.
+inline constexpr int64_t kMaxBlocks = int64_t{1} << 20;
+
+// Dynamic shared memory that needs no opt-in.
+inline constexpr size_t kDefaultSmemBytes = 48 * 1024;
+
+// Lets a kernel use its shared memory, once per device. Two threads may both do it: it is
+// idempotent.
+template <auto kKernel>
+void opt_in_to_smem(size_t smem_bytes) {
+  if (smem_bytes <= kDefaultSmemBytes) {
+    return;
+  }
+  static std::atomic<uint64_t> done{0};  // one bit per device; devices from 64 on are never marked
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "tell the current device");
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (done.load(std::memory_order_acquire) & bit) {
+    return;
+  }
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(smem_bytes)),
+             "give a kernel ", smem_bytes, " bytes of shared memory");
+  done.fetch_or(bit, std::memory_order_release);
+}
+
+// kKernel(params, scheduler) over all work items; nothing is launched where there is none.
+template <auto kKernel, typename Params>
+void launch(const char* name, const Params& params, const TileScheduler& scheduler, int threads,
+            size_t smem_bytes, void* stream) {
+  if (scheduler.count() == 0) {
+    return;
+  }
+  opt_in_to_smem<kKernel>(smem_bytes);
+  const auto blocks = static_cast<unsigned>(min(scheduler.count(), kMaxBlocks));
+  kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
+  check_cuda(cudaGetLastError(), "launch ", name);
+}
+
+}  // namespace fa::support

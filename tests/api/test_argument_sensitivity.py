@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""No argument is lost between Python and the kernel: each one changes every result it should."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_cuda import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from tests.support.arguments import LATER
+
+# Each changes the output, the LSE and all gradients.
+SENSITIVE: dict[str, dict[str, object]] = {
+    "softmax_scale": {"softmax_scale": 0.5},
+    "causal": {"causal": True},
+    "window_size left": {"window_size": (3, -1)},
+    "window_size right": {"window_size": (-1, 3)},
+}
+# Changes only what is returned, or has no effect on this device; tested elsewhere.
+NEUTRAL = {"deterministic", "return_attn_probs", "return_lse"}
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def _qkv(device: str) -> list[Tensor]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return [
+        torch.randn(2, 40, 2, 16, device=device, dtype=dtype).requires_grad_() for _ in range(3)
+    ]
+
+
+def _results(qkv: list[Tensor], **arguments: object) -> dict[str, Tensor]:
+    out, lse = flash_attn_func(*qkv, return_lse=True, **arguments)
+    loss = out.square().sum() + lse.sum()
+    return dict(zip(NAMES, (out, lse, *torch.autograd.grad(loss, qkv)), strict=True))
+
+
+@pytest.mark.parametrize("argument", SENSITIVE)
+def test_argument_changes_every_result(device: str, argument: str) -> None:
+    qkv = _qkv(device)
+    default = _results(qkv)
+    changed = _results(qkv, **SENSITIVE[argument])
+    for name in NAMES:
+        assert not torch.allclose(changed[name], default[name], rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_each_tensor_changes_the_output(device: str, changed: int) -> None:
+    qkv = _qkv(device)
+    default = _results(qkv)
+    qkv[changed] = (2 * qkv[changed]).detach().requires_grad_()
+    results = _results(qkv)
+    for name in ("out", "dq", "dk"):
+        assert not torch.allclose(results[name], default[name], rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("part", ["dout", "dlse"])
+def test_each_incoming_gradient_changes_the_gradients(device: str, part: str) -> None:
+    qkv = _qkv(device)
+    results = flash_attn_func(*qkv, return_lse=True)
+    gradients = [torch.randn_like(x) for x in results]
+    once = torch.autograd.grad(results, qkv, gradients, retain_graph=True)
+    gradients[("dout", "dlse").index(part)].mul_(3)
+    again = torch.autograd.grad(results, qkv, gradients)
+    for index in (0, 1):  # the gradient of v does not depend on dlse
+        assert not torch.allclose(once[index], again[index], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("argument", SENSITIVE)
+def test_packed_forms_pass_their_arguments_on(device: str, argument: str) -> None:
+    q, k, v = (x.detach() for x in _qkv(device))
+    options = SENSITIVE[argument]
+    expected = flash_attn_func(q, k, v, return_lse=True, **options)
+    for packed in (
+        flash_attn_qkvpacked_func(torch.stack([q, k, v], dim=2), return_lse=True, **options),
+        flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), return_lse=True, **options),
+    ):
+        assert all(map(torch.equal, packed, expected))
+
+
+def test_results_follow_the_return_arguments(device: str) -> None:
+    qkv = _qkv(device)
+    out = flash_attn_func(*qkv)
+    assert isinstance(out, Tensor)
+    with_lse = flash_attn_func(*qkv, return_lse=True)
+    assert [x.shape for x in with_lse] == [(2, 40, 2, 16), (2, 2, 40)]
+    probabilities = flash_attn_func(*qkv, return_attn_probs=True)
+    assert [x.shape for x in probabilities] == [(2, 40, 2, 16), (2, 2, 40), (0,)]
+    for result in (with_lse, probabilities):
+        assert torch.equal(result[0], out)
+        assert torch.equal(result[1], with_lse[1])
+
+
+def test_every_argument_is_covered() -> None:
+    """An argument added to the signature must be added here, or refused in test_errors."""
+    arguments = set(inspect.signature(flash_attn_func).parameters) - {"q", "k", "v"}
+    sensitive = {name.split()[0] for name in SENSITIVE}
+    assert arguments == sensitive | NEUTRAL | set(LATER)

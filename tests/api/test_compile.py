@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.compile: one graph, one compilation for all lengths, and the results of eager mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from flash_attn_cuda import flash_attn_func
+
+LENGTHS = (64, 33, 65, 130)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out, lse = flash_attn_func(q * 1.5, k, v, causal=True, return_lse=True)
+    return out.square().sum() + lse.sum()
+
+
+def _gradients(step: object, device: str, seqlen: int) -> tuple[Tensor, ...]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(seqlen)
+    q, k, v = (
+        torch.randn(2, seqlen, 2, 16, generator=generator).to(device, dtype).requires_grad_()
+        for _ in range(3)
+    )
+    loss = step(q, k, v)
+    return loss.detach(), *torch.autograd.grad(loss, (q, k, v))
+
+
+def test_one_graph_serves_all_lengths_and_equals_eager(device: str) -> None:
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_step, backend=backend, fullgraph=True, dynamic=True)
+    for seqlen in LENGTHS:
+        for got, expected in zip(
+            _gradients(compiled, device, seqlen), _gradients(_step, device, seqlen), strict=True
+        ):
+            assert torch.equal(got, expected)
+    assert backend.frame_count == 1
+
+
+def test_lengths_of_queries_and_keys_vary_apart(device: str) -> None:
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flash_attn_func, backend=backend, fullgraph=True, dynamic=True)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for seqlen_q, seqlen_k in ((8, 30), (9, 31), (40, 20), (100, 7)):
+        q = torch.randn(2, seqlen_q, 4, 16, device=device, dtype=dtype)
+        k = torch.randn(2, seqlen_k, 2, 16, device=device, dtype=dtype)
+        assert torch.equal(compiled(q, k, k), flash_attn_func(q, k, k))
+    assert backend.frame_count == 1
+
+
+@pytest.mark.slow
+def test_inductor_equals_eager(device: str) -> None:
+    compiled = torch.compile(_step, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen in LENGTHS:
+            for got, expected in zip(
+                _gradients(compiled, device, seqlen), _gradients(_step, device, seqlen), strict=True
+            ):
+                torch.testing.assert_close(got, expected)
+
+
+def test_export(device: str) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flash_attn_func(q, k, v, causal=True)
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (torch.randn(2, 40, 2, 16, device=device, dtype=dtype) for _ in range(3))
+    seqlen = torch.export.Dim("seqlen", min=2, max=4096)
+    program = torch.export.export(
+        Attention(), (q, k, v), dynamic_shapes=({1: seqlen}, {1: seqlen}, {1: seqlen})
+    )
+    longer = torch.randn(2, 77, 2, 16, device=device, dtype=dtype)
+    assert torch.equal(
+        program.module()(longer, longer, longer),
+        flash_attn_func(longer, longer, longer, causal=True),
+    )

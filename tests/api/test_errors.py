@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every refusal: the right exception, before anything runs, naming the argument and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_cuda import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from tests.support.arguments import LATER
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+Q = (2, 8, 4, 16)
+KV = (2, 8, 2, 16)
+
+# name, (shapes of q, k, v), exception, a part of the message
+BAD_SHAPES = [
+    ("q of rank 3", ((8, 4, 16), KV, KV), ValueError, r"q: expected 4 dimensions.*\(8, 4, 16\)"),
+    ("k of rank 3", (Q, (8, 2, 16), KV), ValueError, r"k: expected 4 dimensions.*\(8, 2, 16\)"),
+    ("v of rank 5", (Q, KV, (1, *KV)), ValueError, r"v: expected 4 dimensions.*\(1, 2, 8, 2, 16\)"),
+    ("q of rank 0", ((), KV, KV), ValueError, r"q: expected 4 dimensions.*\(\)"),
+    ("batch of k", (Q, (3, 8, 2, 16), (3, 8, 2, 16)), ValueError, r"k: expected batch 2, got 3"),
+    ("batch of v", (Q, KV, (3, 8, 2, 16)), ValueError, r"v: expected batch 2, got 3"),
+    ("seqlen of v", (Q, KV, (2, 9, 2, 16)), ValueError, r"v: expected seqlen\w* 8, got 9"),
+    ("heads of v", (Q, KV, (2, 8, 4, 16)), ValueError, r"v: expected heads\w* 2, got 4"),
+    ("head_dim of k", (Q, (2, 8, 2, 8), KV), ValueError, r"k: expected head_dim 16, got 8"),
+    ("head_dim of v", (Q, KV, (2, 8, 2, 8)), ValueError, r"v: expected head_dim 16, got 8"),
+    ("3 heads for 4", (Q, (2, 8, 3, 16), (2, 8, 3, 16)), ValueError, r"heads.* 4 .*got 3"),
+    ("8 heads for 4", (Q, (2, 8, 8, 16), (2, 8, 8, 16)), ValueError, r"heads.* 4 .*got 8"),
+    ("0 heads for 4", (Q, (2, 8, 0, 16), (2, 8, 0, 16)), ValueError, r"heads.* 4 .*got 0"),
+    ("head_dim 0", ((2, 8, 4, 0), (2, 8, 2, 0), (2, 8, 2, 0)), ValueError, r"q.*head_dim.*0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "exception", "message"),
+    [pytest.param(*rest, id=name) for name, *rest in BAD_SHAPES],
+)
+def test_shapes(
+    device: str, shapes: tuple[tuple[int, ...], ...], exception: type[Exception], message: str
+) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with pytest.raises(exception, match=message):
+        flash_attn_func(*(_tensor(*shape, dtype=dtype, device=device) for shape in shapes))
+
+
+def test_head_dim_over_the_limit(device: str) -> None:
+    head_dim, dtype = (136, torch.bfloat16) if device == "cuda" else (513, torch.float32)
+    x = _tensor(1, 8, 1, head_dim, dtype=dtype, device=device)
+    with pytest.raises((ValueError, NotImplementedError), match=rf"head_dim.*{head_dim}"):
+        flash_attn_func(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_dtype(device: str, dtype: torch.dtype) -> None:
+    x = torch.zeros(Q, device=device).to(dtype)
+    with pytest.raises(TypeError, match=r"q: expected bfloat16, float16, float32 or float64, got"):
+        flash_attn_func(x, x, x)
+
+
+@pytest.mark.parametrize("odd", [1, 2])
+def test_mixed_dtypes(device: str, odd: int) -> None:
+    qkv = [_tensor(*Q, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    qkv[odd] = qkv[odd].half()
+    with pytest.raises(
+        TypeError, match=rf"{'qkv'[odd]}: expected .*bfloat16 like q, got .*float16"
+    ):
+        flash_attn_func(*qkv)
+
+
+def test_float32_on_cuda_names_the_dtypes_that_work() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x = _tensor(*Q, device="cuda")
+    with pytest.raises((TypeError, NotImplementedError), match=r"(?s)bf(loat)?16.*autocast"):
+        flash_attn_func(x, x, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert flash_attn_func(x, x, x).dtype == torch.bfloat16
+
+
+def test_autocast_on_the_cpu_casts() -> None:
+    x = torch.randn(Q)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_attn_func(x, x, x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, flash_attn_func(*[x.bfloat16()] * 3))
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+@pytest.mark.gpu
+def test_mixed_devices(odd: int) -> None:
+    qkv = [_tensor(*Q, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    qkv[odd] = qkv[odd].cpu()
+    with pytest.raises(ValueError, match=r"[kv]: expected device"):
+        flash_attn_func(*qkv)
+
+
+@pytest.mark.parametrize("odd", [1, 2])
+def test_mixed_devices_while_tracing(odd: int) -> None:
+    with torch._subclasses.FakeTensorMode():
+        qkv = [torch.empty(Q, dtype=torch.bfloat16, device="cpu") for _ in range(3)]
+        qkv[odd] = torch.empty(Q, dtype=torch.bfloat16, device="cuda")
+        with pytest.raises((ValueError, RuntimeError), match=r"device"):
+            flash_attn_func(*qkv)
+
+
+@pytest.mark.parametrize("window", [(-2, 0), (0, -2), (-1, -7)], ids=str)
+def test_window_below_minus_one(device: str, window: tuple[int, int]) -> None:
+    x = _tensor(*Q, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match=r"window_size.*-1.*got \(-?\d+, -?\d+\)"):
+        flash_attn_func(x, x, x, window_size=window)
+
+
+@pytest.mark.parametrize("window", [(1,), (1, 2, 3), ()], ids=str)
+def test_window_of_wrong_length(window: tuple[int, ...]) -> None:
+    x = _tensor(*Q)
+    with pytest.raises(ValueError, match=r"window_size: expected \(left, right\)"):
+        flash_attn_func(x, x, x, window_size=window)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_softmax_scale_must_be_finite(device: str, scale: float) -> None:
+    x = _tensor(*Q, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match=r"softmax_scale: expected a finite number"):
+        flash_attn_func(x, x, x, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize(
+    ("attention", "shapes"),
+    [
+        (flash_attn_func, (Q, Q, Q)),
+        (flash_attn_qkvpacked_func, ((2, 8, 3, 4, 16),)),
+        (flash_attn_kvpacked_func, (Q, (2, 8, 2, 4, 16))),
+    ],
+    ids=["plain", "qkvpacked", "kvpacked"],
+)
+def test_an_argument_for_later_is_never_ignored(
+    attention: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], name: str
+) -> None:
+    tensors = [_tensor(*shape) for shape in shapes]
+    with pytest.raises(NotImplementedError, match=name):
+        attention(*tensors, **{name: LATER[name]})
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 16), (2, 8, 2, 4, 16)], ids=str)
+def test_packed_qkv_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^qkv: expected shape \(batch, seqlen, 3, "):
+        flash_attn_qkvpacked_func(_tensor(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 16), (2, 8, 3, 4, 16)], ids=str)
+def test_packed_kv_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^kv: expected shape \(batch, seqlen, 2, "):
+        flash_attn_kvpacked_func(_tensor(*Q), _tensor(*shape))
+
+
+def test_messages_carry_no_source_path() -> None:
+    with pytest.raises(ValueError, match=r"q: ") as caught:
+        flash_attn_func(_tensor(8, 4, 16), _tensor(*KV), _tensor(*KV))
+    assert "\n" not in str(caught.value)
+    assert ".cpp" not in str(caught.value)
+
+
+# The backward operator is also called directly, by code that splits a sequence over devices.
+BWD_ARGUMENTS = ("dout", "dlse", "q", "k", "v", "out", "softmax_lse")
+
+
+@pytest.mark.parametrize("name", BWD_ARGUMENTS)
+@pytest.mark.parametrize("fault", ["shape", "dtype"])
+def test_bwd_checks_each_tensor(name: str, fault: str) -> None:
+    q, kv, lse = _tensor(*Q), _tensor(*KV), _tensor(2, 4, 8)
+    arguments = dict(zip(BWD_ARGUMENTS, (q, lse, q, kv, kv, q, lse), strict=True))
+    good = arguments[name]
+    arguments[name] = good[..., :-1] if fault == "shape" else good.to(torch.float16)
+    # A wrong q is told by what no longer fits it.
+    blamed = r"(q|k|dout|out|softmax_lse)" if name == "q" else name
+    with pytest.raises(RuntimeError, match=rf"^(ValueError|TypeError): {blamed}: expected"):
+        torch.ops.flash_attn_cuda.bwd(*arguments.values(), 0.25, -1, -1)

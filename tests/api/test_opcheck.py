@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.library.opcheck: schema, autograd registration, fake kernels and AOT dispatch agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flash_attn_cuda  # noqa: F401  (registers the operators)
+from tests.support.cases import Case, Inputs, make_inputs
+
+CASES = [
+    Case(seqlen_q=17, seqlen_k=17),
+    Case(seqlen_q=65, seqlen_k=33, causal=True),
+    Case(seqlen_q=33, seqlen_k=65, window=(7, 3), dtype="bfloat16"),
+    Case(heads=4, heads_kv=2, dtype="float16"),
+    Case(dtype="float64", head_dim=5),
+    Case(layout="bhsd"),
+    Case(layout="sliced"),
+    Case(layout="strided_dim"),
+    Case(layout="expanded_heads"),
+    Case(seqlen_q=0),
+    Case(seqlen_k=0),
+    Case(batch=0),
+    Case(batch=1, seqlen_q=1, dtype="bfloat16"),
+]
+FWD_SCHEMA = (
+    "flash_attn_cuda::fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, SymInt window_left, "
+    "SymInt window_right) -> (Tensor out, Tensor softmax_lse)"
+)
+BWD_SCHEMA = (
+    "flash_attn_cuda::bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor softmax_lse, float softmax_scale, SymInt window_left, SymInt window_right) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+@pytest.mark.parametrize("name", ["fwd", "bwd"])
+def test_schema(name: str) -> None:
+    schema = getattr(torch.ops.flash_attn_cuda, name).default._schema
+    assert str(schema) == {"fwd": FWD_SCHEMA, "bwd": BWD_SCHEMA}[name]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fwd(device: str, case: Case) -> None:
+    case = case.on(device)
+    inputs = make_inputs(case)
+    qkv = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    torch.library.opcheck(torch.ops.flash_attn_cuda.fwd.default, (*qkv, *_numbers(case)))
+
+
+@pytest.mark.parametrize("dlse", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bwd(device: str, case: Case, dlse: bool) -> None:
+    case = replace(case.on(device), dlse=dlse)
+    torch.library.opcheck(torch.ops.flash_attn_cuda.bwd.default, _bwd_arguments(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fake_results_have_the_strides_of_real_ones(device: str, case: Case) -> None:
+    case = case.on(device)
+    inputs = make_inputs(case)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_qkv = [mode.from_tensor(x) for x in (inputs.q, inputs.k, inputs.v)]
+        fake = torch.ops.flash_attn_cuda.fwd(*fake_qkv, *_numbers(case))
+    real = torch.ops.flash_attn_cuda.fwd(inputs.q, inputs.k, inputs.v, *_numbers(case))
+    for traced, computed in zip(fake, real, strict=True):
+        assert traced.shape == computed.shape
+        assert traced.stride() == computed.stride()
+        assert traced.dtype == computed.dtype
+
+
+def _numbers(case: Case) -> tuple[float, int, int]:
+    left, right = case.window
+    return case.scale, left, 0 if case.causal else right
+
+
+def _bwd_arguments(case: Case) -> tuple[object, ...]:
+    inputs: Inputs = make_inputs(case)
+    out, lse = torch.ops.flash_attn_cuda.fwd(inputs.q, inputs.k, inputs.v, *_numbers(case))
+    dlse = inputs.dlse
+    return inputs.dout, dlse, inputs.q, inputs.k, inputs.v, out, lse, *_numbers(case)

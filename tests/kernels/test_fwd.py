@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Forward: every element of out and LSE against float64, and what must not change a bit of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flash_attn_cuda import flash_attn_func
+from tests.support.cases import Case, make_inputs, on_every_device
+from tests.support.compare import assert_bitwise_equal, check, run
+from tests.support.suite import DTYPES, SUITE
+
+
+@pytest.mark.parametrize("case", on_every_device(SUITE))
+def test_every_element_is_within_the_error_bound(case: Case) -> None:
+    check(case, backward=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_row_is_zero_and_minus_infinity(device: str, dtype: str) -> None:
+    case = Case(seqlen_q=150, seqlen_k=70, causal=True, dtype=dtype).on(device)
+    results = run(case, make_inputs(case), backward=False)
+    unseeing = case.seqlen_q - case.seqlen_k
+    assert (results.out[:, :unseeing] == 0).all()
+    assert (results.lse[..., :unseeing] == -math.inf).all()
+    assert results.out[:, unseeing:].isfinite().all()
+    assert results.lse[..., unseeing:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_keys_at_all(device: str, dtype: str) -> None:
+    case = Case(seqlen_k=0, dtype=dtype).on(device)
+    results = run(case, make_inputs(case), backward=False)
+    assert (results.out == 0).all()
+    assert (results.lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (20, 10), (0, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_masked_key_changes_no_bit(device: str, dtype: str, window: tuple[int, int]) -> None:
+    case = Case(seqlen_q=140, seqlen_k=140, window=window, dtype=dtype).on(device)
+    before = run(case, make_inputs(case), backward=False)
+    first_changed = 100
+    inputs = make_inputs(case)
+    largest = torch.finfo(case.torch_dtype).max
+    inputs.k[:, first_changed:] = largest
+    inputs.v[:, first_changed:] = -largest
+    after = run(case, inputs, backward=False)
+    blind = first_changed - window[1]  # queries before it see none of the changed keys
+    assert_bitwise_equal("out", after.out[:, :blind], before.out[:, :blind])
+    assert_bitwise_equal("lse", after.lse[..., :blind], before.lse[..., :blind])
+    assert not torch.equal(after.lse[..., blind:], before.lse[..., blind:])
+
+
+@pytest.mark.parametrize("layout", ["sliced", "strided_dim", "packed", "offset"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_foreign_bytes_change_no_bit(device: str, dtype: str, layout: str) -> None:
+    case = Case(
+        seqlen_q=67, seqlen_k=67, heads=4, head_dim=40, layout=layout, dtype=dtype, causal=True
+    ).on(device)
+    among_nan = run(case, make_inputs(case), backward=False)
+    inputs = make_inputs(case)
+    for embedded in inputs.buffers:
+        embedded.buffer.nan_to_num_(nan=0.0)
+    among_zeros = run(case, inputs, backward=False)
+    assert_bitwise_equal("out", among_nan.out, among_zeros.out)
+    assert_bitwise_equal("lse", among_nan.lse, among_zeros.lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_a_query_stays_in_its_row(device: str, dtype: str) -> None:
+    case = Case(seqlen_q=70, seqlen_k=90, dtype=dtype).on(device)
+    before = run(case, make_inputs(case), backward=False)
+    inputs = make_inputs(case)
+    inputs.q[:, 33] = float("nan")
+    after = run(case, inputs, backward=False)
+    assert after.out[:, 33].isnan().all()
+    others = [row for row in range(case.seqlen_q) if row != 33]
+    assert_bitwise_equal("out", after.out[:, others], before.out[:, others])
+    assert_bitwise_equal("lse", after.lse[..., others], before.lse[..., others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_element_does_not_depend_on_its_neighbours(device: str, dtype: str) -> None:
+    case = Case(batch=5, seqlen_q=97, seqlen_k=130, heads=4, causal=True, dtype=dtype).on(device)
+    inputs = make_inputs(case)
+    together = run(case, inputs, backward=False)
+    for index in range(case.batch):
+        alone = slice(index, index + 1)
+        out, lse = flash_attn_func(
+            inputs.q[alone],
+            inputs.k[alone],
+            inputs.v[alone],
+            return_lse=True,
+            **case.mask_arguments,
+        )
+        assert_bitwise_equal("out", out, together.out[alone])
+        assert_bitwise_equal("lse", lse, together.lse[alone])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_forward_repeats_itself_bit_for_bit(device: str, deterministic: bool) -> None:
+    case = Case(seqlen_q=257, seqlen_k=300, heads=4, dtype="bfloat16", causal=True).on(device)
+    inputs = make_inputs(case)
+    first = flash_attn_func(
+        inputs.q, inputs.k, inputs.v, causal=True, deterministic=deterministic, return_lse=True
+    )
+    for _ in range(10):
+        again = flash_attn_func(
+            inputs.q, inputs.k, inputs.v, causal=True, deterministic=deterministic, return_lse=True
+        )
+        assert_bitwise_equal("out", again[0], first[0])
+        assert_bitwise_equal("lse", again[1], first[1])

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Peak memory grows with the length of the sequence, not with its square."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flash_attn_cuda import flash_attn_func
+
+SEQLEN = 8192
+HEAD_DIM = 16
+# A (seqlen, seqlen) buffer of the smallest kind, one byte an element, is four times this.
+ALLOWED_BYTES = SEQLEN * SEQLEN // 4
+
+# In a process of its own, since the peak of a process never falls. The short call first loads the
+# code and starts the threads.
+MEASURE_RSS = f"""
+import resource
+import torch
+from flash_attn_cuda import flash_attn_func
+
+def step(seqlen, backward):
+    x = torch.randn(1, seqlen, 1, {HEAD_DIM}, requires_grad=backward)
+    out = flash_attn_func(x, x, x, causal=True)
+    if backward:
+        out.sum().backward()
+
+for backward in (False, True):
+    step(128, backward)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step({SEQLEN}, backward)
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_cpu_memory_is_linear_in_seqlen() -> None:
+    pytest.importorskip("resource", reason="the peak of a process is read with it")
+    printed = subprocess.run(
+        [sys.executable, "-c", MEASURE_RSS], check=True, capture_output=True, text=True
+    ).stdout
+    forward, backward = map(int, printed.split())
+    assert forward < ALLOWED_BYTES
+    assert backward < ALLOWED_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_cuda_memory_is_linear_in_seqlen(backward: bool) -> None:
+    x = torch.randn(1, SEQLEN, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=backward)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = flash_attn_func(x, x, x, causal=True)
+    if backward:
+        out.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < ALLOWED_BYTES
