@@ -72,7 +72,10 @@ def find_cuda_home() -> Path | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     homes += [on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"]
     homes += [home for folder in sys.path for home in Path(folder or ".").glob("nvidia/cu[0-9]*")]
-    return next((Path(home) for home in homes if home and (Path(home) / "bin/nvcc").exists()), None)
+    # An nvcc on PATH may be a wrapper script far from its toolkit: the headers tell.
+    parts = ("bin/nvcc", "include/cuda_runtime_api.h")
+    found = (Path(home) for home in homes if home and all((Path(home) / p).exists() for p in parts))
+    return next(found, None)
 
 
 def check_toolkit(home: Path) -> str:
@@ -206,6 +209,8 @@ def make_build_command(cuda_home: Path | None, summary: str) -> type:
     class BuildExtension(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
             say(summary)
+            if self.inplace or getattr(self, "editable_mode", False):  # for developers: incremental
+                self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}")
             start = time.monotonic()
             super().build_extensions()
             largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

@@ -57,7 +57,12 @@ def _check_fake(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 @torch.library.register_fake("flash_attn_cuda::fwd")  # type: ignore[untyped-decorator]
 def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
 ) -> tuple[Tensor, Tensor]:
     _check_fake(q, k, v)
     batch, seqlen_q, heads, _ = q.shape
@@ -74,7 +79,7 @@ def _bwd_fake(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
-    softmax_scale: float,
+    softmax_scale: float | None,
     window_left: int,
     window_right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,14 +159,19 @@ class _Forward(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp; both are differentiable.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
         k, v: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads.
-        softmax_scale: factor of q @ k^T.
+        softmax_scale: factor of q @ k^T; None is head_dim ** -0.5.
         window_left, window_right: keys seen before and after the bottom-right aligned diagonal; -1
             is unbounded.
 

@@ -96,8 +96,7 @@ def flash_attn_func(
 
     q, k, v = _autocast(q, k, v)
     window_left, window_right = _window(causal, window_size)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, softmax_lse = _ops.attention(q, k, v, scale, window_left, window_right)
+    out, softmax_lse = _ops.attention(q, k, v, softmax_scale, window_left, window_right)
     if return_attn_probs:
         return out, softmax_lse, q.new_empty(0)
     return (out, softmax_lse) if return_lse else out

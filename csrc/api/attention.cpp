@@ -10,20 +10,24 @@
 namespace fa::api {
 namespace {
 
-void check_scale(double softmax_scale) {
-  check(std::isfinite(softmax_scale), ErrorKind::kValue,
-        "softmax_scale: expected a finite number, got ", softmax_scale);
+// The default is head_dim ** -0.5.
+double resolve_scale(std::optional<double> softmax_scale, const Shape& shape) {
+  const double scale = softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
+  check(std::isfinite(scale), ErrorKind::kValue, "softmax_scale: expected a finite number, got ",
+        scale);
+  return scale;
 }
 
 }  // namespace
 
 // q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim)
 // -> out like q, softmax_lse (batch, heads, seqlen_q).
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double softmax_scale,
-                                   int64_t window_left, int64_t window_right) {
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
+                                   std::optional<double> softmax_scale, int64_t window_left,
+                                   int64_t window_right) {
   Shape shape = check_qkv(q, k, v);
   const WindowMask window = check_window(shape, window_left, window_right);
-  check_scale(softmax_scale);
+  const double scale = resolve_scale(softmax_scale, shape);
   const int row = select_row(problem_for(Pass::kForward, q, shape, window));
 
   const int head_dim = shape.head_dim;
@@ -38,7 +42,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double softmax_
     const Tensor v_readable = readable(v);
     launch(FwdParams{.shape = shape,
                      .window = window,
-                     .softmax_scale = softmax_scale,
+                     .softmax_scale = scale,
                      .q = view(q_readable),
                      .k = view(k_readable),
                      .v = view(v_readable),
@@ -53,11 +57,11 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, double softmax_
 // dq, dk, dv.
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
                                             Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
-                                            double softmax_scale, int64_t window_left,
-                                            int64_t window_right) {
+                                            std::optional<double> softmax_scale,
+                                            int64_t window_left, int64_t window_right) {
   Shape shape = check_qkv(q, k, v);
   const WindowMask window = check_window(shape, window_left, window_right);
-  check_scale(softmax_scale);
+  const double scale = resolve_scale(softmax_scale, shape);
   check_like({"dout", dout}, {"q", q});
   check_like({"out", out}, {"q", q});
   check_shape({"softmax_lse", softmax_lse}, {shape.batch, shape.num_heads, shape.seqlen_q});
@@ -84,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     const Tensor delta = empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, row_dtype);
     launch(BwdParams{.shape = shape,
                      .window = window,
-                     .softmax_scale = softmax_scale,
+                     .softmax_scale = scale,
                      .q = view(q_readable),
                      .k = view(k_readable),
                      .v = view(v_readable),
@@ -106,13 +110,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
 
 STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
   library.def(
-      "fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, SymInt window_left, SymInt "
+      "fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, SymInt "
       "window_right) "
       "-> (Tensor out, Tensor softmax_lse)");
   library.def(
       "bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
       "softmax_lse, "
-      "float softmax_scale, SymInt window_left, SymInt window_right) "
+      "float? softmax_scale, SymInt window_left, SymInt window_right) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 

@@ -31,8 +31,8 @@ bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 void check_same_kind(const Argument& argument, const Argument& reference) {
-  const Dtype dtype = dtype_of(argument);
   const Dtype expected = dtype_of(reference);
+  const Dtype dtype = dtype_of(argument);
   check(dtype == expected, ErrorKind::kType, argument.name, ": expected ", name_of(expected),
         " like ", reference.name, ", got ", name_of(dtype));
   check(same_device(argument.tensor, reference.tensor), ErrorKind::kValue, argument.name,

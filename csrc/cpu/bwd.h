@@ -10,6 +10,8 @@
 #include <cstdint>
 
 #include "common/scheduler.h"
+#include "cpu/mask.h"
+#include "cpu/parallel.h"
 #include "cpu/tile.h"
 
 namespace fa::cpu::FA_CPU_ISA {
@@ -98,15 +100,15 @@ class BwdTiles {
   }
 
   void store_dq() {
-    store_rows<Element>(dq_.tile(), queries_, head_dim_, [this](int) { return scale_; },
-                        params_.dq);
+    store_rows<Element>(
+        dq_.tile(), queries_, head_dim_, [this](int) { return scale_; }, params_.dq);
   }
 
   // dk, dv: (keys, head_dim). The loaded queries carry the scale, and so does dk.
   void add_dk_dv(Tile<Real> dk, Tile<Real> dv) {
     const int queries = queries_.range.size();
-    multiply<Lhs::kPlain, Result::kAddTo>(keys_.size(), padded<Real>(head_dim_), queries,
-                                          p_.tile(), dout_.tile(), dv);
+    multiply<Lhs::kPlain, Result::kAddTo>(keys_.size(), padded<Real>(head_dim_), queries, p_.tile(),
+                                          dout_.tile(), dv);
     multiply<Lhs::kPlain, Result::kAddTo>(keys_.size(), padded<Real>(head_dim_), queries,
                                           ds_.tile(), q_.tile(), dk);
   }

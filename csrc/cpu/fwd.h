@@ -10,6 +10,8 @@
 #include <cstdint>
 
 #include "common/scheduler.h"
+#include "cpu/mask.h"
+#include "cpu/parallel.h"
 #include "cpu/tile.h"
 
 namespace fa::cpu::FA_CPU_ISA {

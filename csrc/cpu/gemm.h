@@ -19,7 +19,7 @@ struct Tile {
   FA_CPU_INLINE Real* row(int64_t index) const { return data + index * ld; }
 };
 
-enum class Lhs { kPlain, kTransposed };      // a is (rows, depth), or (depth, rows)
+enum class Lhs { kPlain, kTransposed };    // a is (rows, depth), or (depth, rows)
 enum class Result { kOverwrite, kAddTo };  // c = product, or c += product
 
 inline constexpr int kBlockRows = FA_CPU_GEMM_ROWS;
@@ -49,8 +49,7 @@ FA_CPU_INLINE void multiply_block(int depth, Tile<Real> a, Tile<Real> b, Tile<Re
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const Vec<Real> left =
-          broadcast(kLhs == Lhs::kPlain ? a.row(row)[index] : a.row(index)[row]);
+      const Vec<Real> left = broadcast(kLhs == Lhs::kPlain ? a.row(row)[index] : a.row(index)[row]);
 #pragma GCC unroll 16
       for (int vector = 0; vector < kBlockVectors; ++vector) {
         sum[row][vector] += left * right[vector];
@@ -90,9 +89,8 @@ void multiply(int rows, int columns, int depth, Tile<Real> a, Tile<Real> b, Tile
       multiply_block<kLhs, kResult, kBlockRows>(depth, {a.data + row * left_step, a.ld}, b_block,
                                                 {c.row(row) + column, c.ld});
     }
-    multiply_last_rows<kLhs, kResult, kBlockRows - 1>(rows - row, depth,
-                                                      {a.data + row * left_step, a.ld}, b_block,
-                                                      {c.row(row) + column, c.ld});
+    multiply_last_rows<kLhs, kResult, kBlockRows - 1>(
+        rows - row, depth, {a.data + row * left_step, a.ld}, b_block, {c.row(row) + column, c.ld});
   }
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Vectors of one instruction set, in the compiler's portable vector extension.
 //
-// This header and gemm.h, tile.h, fwd.h, bwd.h and kernels.h are compiled once per instruction set,
-// between a target pragma of an isa_*.cpp file. All they define lies in the namespace FA_CPU_ISA
+// This header and all that kernels.h includes but install.h is compiled once per instruction set,
+// between the target pragmas of an isa_*.cpp file. All they define lies in the namespace FA_CPU_ISA
 // and they instantiate nothing of the standard library: the linker merges equal inline functions,
 // and must never hand one that holds AVX instructions to code that runs everywhere.
+// tests/rules/check_isa.py proves it of a build.
 #pragma once
 
 #include <cstdint>

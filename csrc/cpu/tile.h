@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Tiles of tensors in scratch memory: allocation, loads, stores, transposition, masks; and the loop
-// over work on the caller's threads.
+// Tiles of tensors in scratch memory: allocation, loads, stores, transposition.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,6 @@
 #include "common/window.h"
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
-#include "dispatch/registry.h"
 
 namespace fa::cpu::FA_CPU_ISA {
 
@@ -121,68 +119,6 @@ void fill_rows(Tile<Real> tile, int64_t rows, int columns, Real value) {
       store(tile.row(row) + column, broadcast(value));
     }
   }
-}
-
-// The keys that each query of a tile sees.
-template <typename Real, int kTileM>
-class VisibleKeys {
- public:
-  void set(const WindowMask& window, Range queries) {
-    for (int query = 0; query < kTileM; ++query) {
-      const int index = queries.begin + query;
-      const Range keys =
-          query < queries.size() ? window.keys_seen_by_any({index, index + 1}) : Range{0, 0};
-      begin_[query] = keys.begin;
-      end_[query] = keys.end;
-    }
-  }
-
-  // tile (keys, queries) = hidden where a query does not see a key.
-  void hide(Range keys, int queries, Real hidden, Tile<Real> tile) const {
-    using Int = typename Simd<Real>::Int;
-    for (int key = keys.begin; key < keys.end; ++key) {
-      Real* line = tile.row(key - keys.begin);
-      for (int query = 0; query < queries; query += kLanes<Real>) {
-        const Int begin = *reinterpret_cast<const Int*>(begin_ + query);
-        const Int end = *reinterpret_cast<const Int*>(end_ + query);
-        const Int seen = (begin <= key) & (end > key);
-        store(line + query, seen ? load(line + query) : broadcast(hidden));
-      }
-    }
-  }
-
- private:
-  using Lane = typename Simd<Real>::Lane;
-  alignas(kCacheLine) Lane begin_[kTileM];
-  alignas(kCacheLine) Lane end_[kTileM];
-};
-
-// Keys of a tile all of whose queries see them need no mask.
-FA_CPU_INLINE bool needs_mask(const WindowMask& window, Range queries, Range keys) {
-  const Range clear = window.keys_seen_by_all(queries);
-  return keys.begin < clear.begin || keys.end > clear.end;
-}
-
-// Threads get contiguous chunks of work. Under a causal mask late tiles are long, so the order
-// takes tiles in turn from both ends: 0, n-1, 1, n-2, ...
-FA_CPU_INLINE int balanced(int index, int tiles) {
-  return index % 2 == 0 ? index / 2 : tiles - 1 - index / 2;
-}
-
-FA_CPU_INLINE Range tile_range(int index, int tile_size, int seqlen) {
-  return {index * tile_size, min((index + 1) * tile_size, seqlen)};
-}
-
-// Runs body(begin, end) over chunks of [0, count).
-template <typename Body>
-void parallel_for(const LaunchContext& context, int64_t count, const Body& body) {
-  if (count == 0) {
-    return;
-  }
-  const auto run_chunk = [](int64_t begin, int64_t end, void* argument) {
-    (*static_cast<const Body*>(argument))(begin, end);
-  };
-  context.parallel_for(0, count, 1, run_chunk, const_cast<Body*>(&body));
 }
 
 }  // namespace fa::cpu::FA_CPU_ISA

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Accumulators as operands.
+// Between the elements of tensors and the floats of arithmetic.
 #pragma once
 
 #include "device/fragment.cuh"
 
 namespace fa::device {
+
+// By name: torch builds its extensions without the implicit conversions of these types.
+FA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+FA_DEVICE float to_float(__half x) { return __half2float(x); }
 
 // An accumulator as the A operand of the next product. Two of its 8-column blocks are one depth
 // step, and every element is already in the lane that needs it.

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // delta = rowsum(dout * out) - dlse. Eight lanes share a row and read 16 bytes each at a time, so a
 // group reads whole 128-byte lines.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "common/scheduler.h"
-#include "ptx/common.cuh"
+#include "device/convert.cuh"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
 
@@ -45,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
         const auto r_dout = *reinterpret_cast<const Pack<Element>*>(g_dout + col);
 #pragma unroll
         for (int i = 0; i < kElementsPerLoad; ++i) {
-          sum += static_cast<float>(r_out.elements[i]) * static_cast<float>(r_dout.elements[i]);
+          sum += device::to_float(r_out.elements[i]) * device::to_float(r_dout.elements[i]);
         }
       }
     }

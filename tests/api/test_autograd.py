@@ -12,10 +12,10 @@ from flash_attn_cuda import flash_attn_func, flash_attn_kvpacked_func, flash_att
 
 
 def _qkv(
-    seqlen_q: int = 5, seqlen_k: int = 7, heads: int = 2, heads_kv: int = 2, head_dim: int = 3
+    seqlen_q: int = 5, seqlen_k: int = 7, heads: int = 2, heads_kv: int = 2, head_dim: int = 2
 ) -> list[Tensor]:
     return [
-        torch.randn(2, seqlen, n, head_dim, dtype=torch.float64, requires_grad=True)
+        torch.randn(1, seqlen, n, head_dim, dtype=torch.float64, requires_grad=True)
         for seqlen, n in ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
     ]
 

@@ -27,12 +27,12 @@ CASES = [
     Case(batch=1, seqlen_q=1, dtype="bfloat16"),
 ]
 FWD_SCHEMA = (
-    "flash_attn_cuda::fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, SymInt window_left, "
+    "flash_attn_cuda::fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, "
     "SymInt window_right) -> (Tensor out, Tensor softmax_lse)"
 )
 BWD_SCHEMA = (
     "flash_attn_cuda::bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor softmax_lse, float softmax_scale, SymInt window_left, SymInt window_right) "
+    "Tensor softmax_lse, float? softmax_scale, SymInt window_left, SymInt window_right) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 

@@ -29,44 +29,47 @@ def disassemble(path):
         raise SystemExit(f"objdump failed on {path}")
 
 
-def violations(path):
-    """Yield (function, instruction) for the first misplaced instruction of each function, and
-    raise SystemExit when nothing was there to be checked."""
+def misplaced(path):
+    """Return the number of functions with AVX code, and (function, instruction) for the first
+    misplaced instruction of each function that has one."""
     function = None
-    reported = None
     avx_functions = set()
+    found = {}
     for line in disassemble(path):
         heading = FUNCTION.match(line.rstrip())
         if heading:
             function = heading.group(1)
             continue
         _, tab, instruction = line.rstrip().partition("\t")
-        if not tab or function is None:
+        instruction = instruction.split("<")[0].strip()
+        if not tab or not instruction or function is None:
             continue
-        instruction = instruction.split("<")[0]
-        mnemonic = instruction.split(maxsplit=1)[0] if instruction.split() else ""
         if AVX512_REGISTER.search(instruction):
             allowed = AVX512_NAMESPACES
-        elif AVX_MNEMONIC.match(mnemonic):
+        elif AVX_MNEMONIC.match(instruction.split(maxsplit=1)[0]):
             allowed = AVX_NAMESPACES
         else:
             continue
         avx_functions.add(function)
-        if function != reported and not any(name in function for name in allowed):
-            reported = function
-            yield function, instruction.strip()
-    if not avx_functions:
-        raise SystemExit(f"{path}: no AVX code at all; was it stripped or built for another CPU?")
+        if not any(name in function for name in allowed):
+            found.setdefault(function, instruction)
+    return len(avx_functions), found.items()
 
 
 def main(paths):
     if not paths:
         raise SystemExit(__doc__)
+    avx_functions = 0
     failed = False
     for path in paths:
-        for function, instruction in violations(path):
+        count, found = misplaced(path)
+        avx_functions += count
+        for function, instruction in found:
             failed = True
             print(f"{path}: '{function}' runs on every CPU but contains '{instruction}'")
+    if avx_functions == 0:
+        failed = True
+        print(f"{' '.join(paths)}: no AVX code at all; stripped, or built for another CPU?")
     return 1 if failed else 0
 
 

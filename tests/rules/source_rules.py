@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "support": ("support/", *BLOCKS, *TABLES),
     "cpu": ("cpu/", "common/", *TABLES),
     "dispatch": ("dispatch/", "common/"),
-    "api": ("api/", "dispatch/", "common/"),
+    "api": ("api/", "dispatch/", "common/", "cpu/isa.h"),
 }
 
 # Headers from outside: which layers may include them, by their beginning.

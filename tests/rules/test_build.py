@@ -88,6 +88,8 @@ def test_toolkit_is_found_through_cuda_home(
     setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_program(tmp_path / "bin" / "nvcc", "Cuda compilation tools, release 12.8, V12.8.61")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert setup_py.find_cuda_home() == tmp_path
     assert setup_py.check_toolkit(tmp_path) == "12.8"

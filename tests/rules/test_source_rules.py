@@ -38,7 +38,7 @@ BAD = [
     ("include_direction", "csrc/dispatch/a.cpp", CPP + "#include <cuda_runtime_api.h>\n"),
     ("include_direction", "csrc/dispatch/a.cpp", CPP + '#include "cpu/isa.h"\n'),
     ("include_direction", "csrc/dispatch/a.cpp", CPP + "#include <pybind11/pybind11.h>\n"),
-    ("include_direction", "csrc/api/a.cpp", CPP + '#include "cpu/isa.h"\n'),
+    ("include_direction", "csrc/api/a.cpp", CPP + '#include "cpu/simd.h"\n'),
     ("include_direction", "csrc/api/a.cpp", CPP + "#include <torch/extension.h>\n"),
     ("include_direction", "csrc/api/a.cpp", CPP + "#include <device/softmax.cuh>\n"),
     ("asm_only_in_ptx", "csrc/device/a.cuh", HEADER + 'void f() { asm volatile("nop;"); }\n'),
