@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 PIP_QUIET := --quiet --disable-pip-version-check --no-warn-script-location

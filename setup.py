@@ -143,9 +143,8 @@ def gencode(archs: list[str]) -> tuple[list[str], list[str]]:
 
 
 def sources(*folders: str, suffix: str) -> list[str]:
-    found = [
-        path for folder in folders for path in sorted((ROOT / "csrc" / folder).glob(f"*{suffix}"))
-    ]
+    csrc = ROOT / "csrc"
+    found = [path for name in folders for path in sorted((csrc / name).glob(f"*{suffix}"))]
     head_dims = re.findall(r"\d+", os.environ.get("FA_HEAD_DIMS", ""))
     of_head_dim = re.compile(r"_d(\d+)\.cu$")
     chosen = []
@@ -171,16 +170,9 @@ def make_extension(cuda_home: Path | None, archs: list[str]) -> Extension:
         defines.append(f"-DFA_COMPILED_ARCHS={','.join(names)}")
         system_includes.append(str(cuda_home / "include"))
         libraries += ["cudart_static", "rt", "pthread", "dl"]
-        library_dirs += [
-            str(cuda_home / name) for name in ("lib64", "lib") if (cuda_home / name).is_dir()
-        ]
-        nvcc = [
-            *flags,
-            "-std=c++20",
-            "-Xptxas=-warn-spills,-warn-lmem-usage",
-            "-Xcompiler=-fvisibility=hidden",
-        ]
-        nvcc += ["-G", "-O0"] if debug else ["-O3", "-lineinfo"]
+        library_dirs += [str(cuda_home / "lib64"), str(cuda_home / "lib")]
+        nvcc = [*flags, "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+        nvcc += ["-G", "-O0"] if debug else ["-O3"]
     cxx = ["-std=c++20", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=.", *defines]
     cxx += [f"-isystem{folder}" for folder in system_includes]
     cxx += ["-O0", "-g"] if debug else ["-O3", "-g0"]

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> int:
     print(report(options.device))
 
-    print("\nlargest error against float64, causal, grouped heads")
+    print("\nroot mean square error against float64, causal, grouped heads")
     print(f"{'':8}{'flash':>12}{'standard':>12}")
     errors = check.errors(options.device)
     for error in errors:

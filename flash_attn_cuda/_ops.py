@@ -8,6 +8,7 @@ paid once, while tracing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -125,10 +126,16 @@ torch.library.register_autograd(
 torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
 
 
-# For eager mode. AutoDispatchBelowAutograd skips the registrations above; apply() inspects forward's
-# signature at every call, so a short one saves time.
+def _keep_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Function.apply() inspects forward's signature at every call; kept, it costs a look-up."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
+# For eager mode. AutoDispatchBelowAutograd skips the registrations above.
 class _Backward(torch.autograd.Function):
     @staticmethod
+    @_keep_signature
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             dq, dk, dv = _bwd(*inputs)
@@ -145,6 +152,7 @@ class _Forward(torch.autograd.Function):
     """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2, with gradients through out and LSE."""
 
     @staticmethod
+    @_keep_signature
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, softmax_lse = _fwd(*inputs)

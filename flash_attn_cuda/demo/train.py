@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from flash_attn_cuda.demo.gpt import GPT, GPTConfig
 
 PROMPT = b"def "
+SAMPLE_LENGTH = 300
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 400
+    steps: int = 300
     batch: int = 16
     learning_rate: float = 3e-3
     warmup: int = 20
@@ -70,7 +71,7 @@ def train(device: str, config: TrainConfig, model_config: GPTConfig | None = Non
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
 
     with mixed_precision:
-        sample = model.generate(PROMPT, length=300)
+        sample = model.generate(PROMPT, length=SAMPLE_LENGTH)
     return Trained(losses, sample.decode("utf-8", errors="replace"))
 
 

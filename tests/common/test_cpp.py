@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The C++ tests of csrc/common and csrc/dispatch, built by CMake and run under sanitizers.
-
-Those of the CPU kernels are built too, but take minutes when neither optimised nor run alone; their
-Python tests run the same kernels.
-"""
+"""The C++ tests, built by CMake: host logic under sanitizers, CPU kernels as users get them."""
 
 from __future__ import annotations
 
@@ -25,12 +21,29 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
-def test_cpp(tmp_path: Path) -> None:
-    options = ("-DFA_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug", "-DFA_SANITIZE=address,undefined")
-    run("cmake", "-S", ROOT, "-B", tmp_path, *options)
-    run("cmake", "--build", tmp_path, "--parallel", str(os.cpu_count() or 1))
-    tests = ("--tests-regex", "^tests/(common|dispatch)/", "--no-tests=error")
-    report = run("ctest", "--test-dir", tmp_path, "--output-on-failure", *tests)
+def configure_and_build(folder: Path, *options: str, target: str = "all") -> None:
+    run("cmake", "-S", ROOT, "-B", folder, "-DFA_CUDA=OFF", *options)
+    run("cmake", "--build", folder, "--target", target, "--parallel", str(os.cpu_count() or 1))
+
+
+def run_tests(folder: Path, name: str) -> str:
+    return run("ctest", "--test-dir", folder, "--output-on-failure", "-R", name, "--no-tests=error")
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed"),
+]
+
+
+def test_host_logic_under_sanitizers(tmp_path: Path) -> None:
+    configure_and_build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DFA_SANITIZE=address,undefined")
+    report = run_tests(tmp_path, "^tests/(common|dispatch)/")
     assert "tests/common/test_window.cpp" in report
     assert "tests/dispatch/test_table.cpp" in report
+
+
+def test_cpu_kernels_on_every_instruction_set_of_this_machine(tmp_path: Path) -> None:
+    configure_and_build(tmp_path, target="tests_kernels_test_cpu_kernels_cpp")
+    report = run_tests(tmp_path, "^tests/kernels/test_cpu_kernels")
+    assert "tests/kernels/test_cpu_kernels.cpp" in report

@@ -16,6 +16,11 @@ from flash_attn_cuda.demo.gpt import GPT, GPTConfig
 TINY = GPTConfig(context=32, layers=1, heads=2, width=32)
 
 
+@pytest.fixture(autouse=True)
+def _short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SAMPLE_LENGTH", 3)
+
+
 def test_demo_prints_every_part_and_plots(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -35,12 +35,14 @@ class Arithmetic:
     compute: of scores, softmax and accumulators: float32 for inputs of up to 32 bits.
     storage: of results, and of P and dS where they are operands of a matrix product. The float32
         and float64 paths keep both in their compute precision.
-    tiny: what a value of the storage dtype, or a P that underflows, can lose without rounding.
+    tiny: what a value of the storage dtype can lose where it underflows.
+    flush: the same for P in the compute precision: exp2 flushes subnormal numbers to 0.
     """
 
     compute: float
     storage: float
     tiny: float
+    flush: float = 2.0**-126
 
 
 _FLOAT32 = 2.0**-24
@@ -50,7 +52,9 @@ ARITHMETIC = {
     torch.float16: Arithmetic(compute=_FLOAT32, storage=2.0**-11, tiny=2.0**-25),
     torch.float32: Arithmetic(compute=_FLOAT32, storage=_FLOAT32, tiny=2.0**-126),
     # The float64 reference makes errors of the same size as the kernel: twice the roundoff.
-    torch.float64: Arithmetic(compute=2 * _FLOAT64, storage=2 * _FLOAT64, tiny=2.0**-1000),
+    torch.float64: Arithmetic(
+        compute=2 * _FLOAT64, storage=2 * _FLOAT64, tiny=2.0**-1000, flush=2.0**-1022
+    ),
 }
 
 # A dot product of head_dim terms errs by head_dim roundoffs at most; scaling, subtracting the
@@ -116,6 +120,7 @@ def expected_with_bounds(
     err_S = gamma * abs(scale) * absQ @ absK.mT
     err_lse = _row_sum(P * err_S)
     err_P = P * torch.expm1(err_S + err_lse + EXP_ROUNDOFFS * eps + sum_k)
+    err_P = err_P + arithmetic.flush * visible
     bound_O = (
         u * Out.abs() + (u * P + err_P) @ absV + sum_k * P @ absV + tiny * (1 + _column_sum(absV))
     )
