@@ -64,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   const double scale = resolve_scale(softmax_scale, shape);
   check_like({"dout", dout}, {"q", q});
   check_like({"out", out}, {"q", q});
-  check_shape({"softmax_lse", softmax_lse}, {shape.batch, shape.num_heads, shape.seqlen_q});
+  check_row_statistics({"softmax_lse", softmax_lse}, shape, q);
   if (dlse.has_value()) {
-    check_shape({"dlse", *dlse}, {shape.batch, shape.num_heads, shape.seqlen_q});
+    check_row_statistics({"dlse", *dlse}, shape, q);
   }
   const int row = select_row(problem_for(Pass::kBackward, q, shape, window));
 

@@ -30,14 +30,18 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && (a.is_cpu() || a.get_device_index() == b.get_device_index());
 }
 
+void check_device(const Argument& argument, const Argument& reference) {
+  check(same_device(argument.tensor, reference.tensor), ErrorKind::kValue, argument.name,
+        ": expected device ", device_text(reference.tensor), " like ", reference.name, ", got ",
+        device_text(argument.tensor));
+}
+
 void check_same_kind(const Argument& argument, const Argument& reference) {
   const Dtype expected = dtype_of(reference);
   const Dtype dtype = dtype_of(argument);
   check(dtype == expected, ErrorKind::kType, argument.name, ": expected ", name_of(expected),
         " like ", reference.name, ", got ", name_of(dtype));
-  check(same_device(argument.tensor, reference.tensor), ErrorKind::kValue, argument.name,
-        ": expected device ", device_text(reference.tensor), " like ", reference.name, ", got ",
-        device_text(argument.tensor));
+  check_device(argument, reference);
 }
 
 void check_size(const Argument& argument, int64_t dim, const char* dim_name, int64_t expected) {
@@ -51,6 +55,19 @@ int check_extent(const Argument& argument, int64_t dim, const char* dim_name, in
   check(size <= limit, ErrorKind::kValue, argument.name, ": expected ", dim_name, " at most ",
         limit, ", got ", size);
   return static_cast<int>(size);
+}
+
+void check_shape(const Argument& argument, std::initializer_list<int64_t> expected) {
+  bool equal = argument.tensor.dim() == static_cast<int64_t>(expected.size());
+  std::string expected_text;
+  int64_t dim = 0;
+  for (int64_t size : expected) {
+    equal = equal && argument.tensor.size(dim) == size;
+    expected_text += (dim == 0 ? "" : ", ") + std::to_string(size);
+    ++dim;
+  }
+  check(equal, ErrorKind::kValue, argument.name, ": expected shape (", expected_text, "), got ",
+        shape_text(argument.tensor));
 }
 
 bool aligned_for_cuda(const Tensor& tensor) {
@@ -119,17 +136,13 @@ Shape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   return shape;
 }
 
-void check_shape(const Argument& argument, std::initializer_list<int64_t> expected) {
-  bool equal = argument.tensor.dim() == static_cast<int64_t>(expected.size());
-  std::string expected_text;
-  int64_t dim = 0;
-  for (int64_t size : expected) {
-    equal = equal && argument.tensor.size(dim) == size;
-    expected_text += (dim == 0 ? "" : ", ") + std::to_string(size);
-    ++dim;
-  }
-  check(equal, ErrorKind::kValue, argument.name, ": expected shape (", expected_text, "), got ",
-        shape_text(argument.tensor));
+void check_row_statistics(const Argument& argument, const Shape& shape, const Tensor& q) {
+  check_shape(argument, {shape.batch, shape.num_heads, shape.seqlen_q});
+  const Dtype expected = dtype_of({"q", q}) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const Dtype dtype = dtype_of(argument);
+  check(dtype == expected, ErrorKind::kType, argument.name, ": expected ", name_of(expected),
+        " for these q, k, v, got ", name_of(dtype));
+  check_device(argument, {"q", q});
 }
 
 void check_like(const Argument& argument, const Argument& reference) {

@@ -33,7 +33,8 @@ Shape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v);
 // Checks that a tensor has the shape, dtype and device of a reference.
 void check_like(const Argument& argument, const Argument& reference);
 
-void check_shape(const Argument& argument, std::initializer_list<int64_t> expected);
+// Checks a (batch, heads, seqlen_q) tensor of row statistics for the problem of a q.
+void check_row_statistics(const Argument& argument, const Shape& shape, const Tensor& q);
 
 // Checks the window's bounds: -1 (unbounded) or a number of keys.
 WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_right);
