@@ -174,7 +174,8 @@ def make_extension(cuda_home: Path | None, archs: list[str]) -> Extension:
         nvcc = [*flags, "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
         nvcc += ["-G", "-O0"] if debug else ["-O3"]
     cxx = ["-std=c++20", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=.", *defines]
-    cxx += [f"-isystem{folder}" for folder in system_includes]
+    for folder in system_includes:  # a path in a message would be of no use elsewhere
+        cxx += [f"-isystem{folder}", f"-fmacro-prefix-map={folder}=."]
     cxx += ["-O0", "-g"] if debug else ["-O3", "-g0"]
     return Extension(
         "flash_attn_cuda._C",

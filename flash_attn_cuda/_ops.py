@@ -22,11 +22,12 @@ _C = load_extension()
 _fwd = torch.ops.flash_attn_cuda.fwd.default
 _bwd = torch.ops.flash_attn_cuda.bwd.default
 
-_ERRORS = {
+_ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "TypeError": TypeError,
     "NotImplementedError": NotImplementedError,
     "RuntimeError": RuntimeError,
+    "OutOfMemoryError": torch.OutOfMemoryError,
 }
 
 
@@ -132,13 +133,21 @@ def _keep_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-# For eager mode. AutoDispatchBelowAutograd skips the registrations above.
+# For eager mode.
+def _run(operator: Callable[..., Any], *inputs: Any) -> Any:
+    """Call an operator past the autograd registered above; its errors get their own types."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+    except RuntimeError as error:
+        _raise_named(error)
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
     @_keep_signature
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv = _bwd(*inputs)
+        dq, dk, dv = _run(_bwd, *inputs)
         return dq, dk, dv
 
     @staticmethod
@@ -154,8 +163,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     @_keep_signature
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse = _fwd(*inputs)
+        out, softmax_lse = _run(_fwd, *inputs)
         return out, softmax_lse
 
     setup_context = staticmethod(_setup_context)
@@ -190,11 +198,7 @@ def attention(
     if torch.compiler.is_compiling():
         out, softmax_lse = _fwd(q, k, v, softmax_scale, window_left, window_right)
         return out, softmax_lse
-    try:
-        if torch.is_grad_enabled():
-            out, softmax_lse = _Forward.apply(q, k, v, softmax_scale, window_left, window_right)  # type: ignore[no-untyped-call]
-        else:
-            out, softmax_lse = _Forward.forward(q, k, v, softmax_scale, window_left, window_right)
-    except RuntimeError as error:
-        _raise_named(error)
+    with_gradients = torch.is_grad_enabled()
+    run: Callable[..., Any] = _Forward.apply if with_gradients else _Forward.forward
+    out, softmax_lse = run(q, k, v, softmax_scale, window_left, window_right)
     return out, softmax_lse

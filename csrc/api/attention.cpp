@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     const Tensor v_readable = readable(v);
     const Tensor out_readable = readable(out);
     const Tensor dout_readable = readable(dout);
-    const Tensor lse_readable = torch::stable::contiguous(softmax_lse);
-    const Tensor dlse_readable = dlse.has_value() ? torch::stable::contiguous(*dlse) : lse_readable;
+    const Tensor lse_readable = make_contiguous(softmax_lse);
+    const Tensor dlse_readable = dlse.has_value() ? make_contiguous(*dlse) : lse_readable;
     const Tensor delta = empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, row_dtype);
     launch(BwdParams{.shape = shape,
                      .window = window,

@@ -70,6 +70,19 @@ void check_shape(const Argument& argument, std::initializer_list<int64_t> expect
         shape_text(argument.tensor));
 }
 
+// Runs what makes a tensor on the device of `like`. torch's stable ABI tells that it failed, not
+// why; of a plain allocation or copy, the reason is lack of memory.
+template <typename Make>
+Tensor allocate(const Tensor& like, int64_t elements, Make&& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    throw Error(ErrorKind::kOutOfMemory, concat(like.is_cpu() ? "CPU" : "CUDA",
+                                                " out of memory. torch could not make a tensor of ",
+                                                elements, " elements on ", device_text(like)));
+  }
+}
+
 bool aligned_for_cuda(const Tensor& tensor) {
   const int64_t bytes = static_cast<int64_t>(tensor.element_size());
   bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kCudaAlignment == 0;
@@ -167,19 +180,32 @@ int kernel_head_dim(const Tensor& tensor, int head_dim) {
 Tensor readable(const Tensor& tensor) {
   const int64_t head_dim = tensor.size(3);
   const int64_t padding = kernel_head_dim(tensor, static_cast<int>(head_dim)) - head_dim;
-  if (padding > 0) {
-    const int64_t last_dim_padding[] = {0, padding};
-    return torch::stable::contiguous(torch::stable::pad(tensor, {last_dim_padding, 2}));
-  }
-  if ((tensor.stride(3) == 1 || head_dim == 1) && (tensor.is_cpu() || aligned_for_cuda(tensor))) {
+  const bool contiguous_head_dim = tensor.stride(3) == 1 || head_dim == 1;
+  if (padding == 0 && contiguous_head_dim && (tensor.is_cpu() || aligned_for_cuda(tensor))) {
     return tensor;
   }
-  // contiguous() returns the tensor itself where only its base is misaligned; clone() never does.
-  return torch::stable::clone(torch::stable::contiguous(tensor));
+  return allocate(tensor, tensor.numel(), [&] {
+    if (padding > 0) {
+      const int64_t last_dim_padding[] = {0, padding};
+      return torch::stable::contiguous(torch::stable::pad(tensor, {last_dim_padding, 2}));
+    }
+    // contiguous() returns the tensor itself where only its base is misaligned; clone() never does.
+    return torch::stable::clone(torch::stable::contiguous(tensor));
+  });
+}
+
+Tensor make_contiguous(const Tensor& tensor) {
+  return allocate(tensor, tensor.numel(), [&] { return torch::stable::contiguous(tensor); });
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device());
+  int64_t elements = 1;
+  for (int64_t size : sizes) {
+    elements *= size;
+  }
+  return allocate(like, elements, [&] {
+    return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device());
+  });
 }
 
 Tensor without_padding(const Tensor& tensor, int head_dim) {
@@ -187,7 +213,7 @@ Tensor without_padding(const Tensor& tensor, int head_dim) {
     return tensor;
   }
   Tensor padded = tensor;
-  return torch::stable::contiguous(torch::stable::narrow(padded, 3, 0, head_dim));
+  return make_contiguous(torch::stable::narrow(padded, 3, 0, head_dim));
 }
 
 TensorView view(const Tensor& tensor) {

@@ -47,6 +47,9 @@ int kernel_head_dim(const Tensor& tensor, int head_dim);
 // dimension and, on CUDA, 16-byte aligned rows and head_dim padded with zeros to kernel_head_dim.
 Tensor readable(const Tensor& tensor);
 
+// The tensor itself, or a contiguous copy.
+Tensor make_contiguous(const Tensor& tensor);
+
 // A new contiguous tensor on the device of `like`.
 Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like,
              torch::headeronly::ScalarType dtype);

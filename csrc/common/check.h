@@ -9,7 +9,7 @@
 
 namespace fa {
 
-enum class ErrorKind { kValue, kType, kNotImplemented, kRuntime };
+enum class ErrorKind { kValue, kType, kNotImplemented, kRuntime, kOutOfMemory };
 
 constexpr const char* name_of(ErrorKind kind) {
   switch (kind) {
@@ -21,6 +21,8 @@ constexpr const char* name_of(ErrorKind kind) {
       return "NotImplementedError";
     case ErrorKind::kRuntime:
       return "RuntimeError";
+    case ErrorKind::kOutOfMemory:
+      return "OutOfMemoryError";
   }
   return "";
 }

@@ -164,6 +164,13 @@ def test_packed_kv_shape(shape: tuple[int, ...]) -> None:
         flash_attn_kvpacked_func(_tensor(*Q), _tensor(*shape))
 
 
+def test_running_out_of_memory_is_torchs_own_error() -> None:
+    q = _tensor(1, 1, 1, 8).expand(1, 2**28, 4096, 8)  # nothing yet; its output is 32 TiB
+    with pytest.raises(torch.OutOfMemoryError, match=r"CPU out of memory\. .* on cpu") as caught:
+        flash_attn_func(q, *2 * (_tensor(1, 1, 4096, 8),))
+    assert ".h" not in str(caught.value)
+
+
 def test_messages_carry_no_source_path() -> None:
     with pytest.raises(ValueError, match=r"q: ") as caught:
         flash_attn_func(_tensor(8, 4, 16), _tensor(*KV), _tensor(*KV))
