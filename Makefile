@@ -38,11 +38,13 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info flash_attn_cuda/*.so
 
 $(VENV)/.installed: .ci/requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install $(PIP_QUIET) '$(TORCH)' -r .ci/requirements.txt
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo 'installing torch and the tools into $(VENV): a few minutes'
+	@$(RUN) -m pip install $(PIP_QUIET) '$(TORCH)' -r .ci/requirements.txt
+	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(RUN) -m pip install $(PIP_QUIET) --no-build-isolation --no-deps -e .
-	touch $@
+	@echo 'compiling flash_attn_cuda: a minute or two on 2 cores'
+	@$(RUN) -m pip install $(PIP_QUIET) --no-build-isolation --no-deps -e .
+	@touch $@

@@ -95,8 +95,7 @@ def explain(
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,
         )
-        error = decision.get("error")
-        return Decision(decision["kernel"], error and error.partition(": ")[2], decision["reasons"])
+        return Decision(decision["kernel"], decision.get("error"), decision["reasons"])
 
     return Explanation(device, decide("fwd"), decide("bwd"))
 

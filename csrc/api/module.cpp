@@ -75,7 +75,8 @@ py::dict explain(const std::string& pass, const std::string& dtype, int head_dim
     decision["kernel"] = table::kRows[select_row(problem)].name();
   } catch (const Error& error) {
     decision["kernel"] = py::none();
-    decision["error"] = error.what();
+    decision["error"] = error.sentence();
+    decision["exception"] = name_of(error.kind());
   }
   py::dict reasons;
   for (int row = 0; row < kNumRows; ++row) {
@@ -105,6 +106,27 @@ py::dict kernel_resources() {
   return resources;
 }
 
+PyObject* exception_of(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kValue:
+      return PyExc_ValueError;
+    case ErrorKind::kType:
+      return PyExc_TypeError;
+    case ErrorKind::kNotImplemented:
+      return PyExc_NotImplementedError;
+    default:
+      return PyExc_RuntimeError;
+  }
+}
+
+void translate_error(std::exception_ptr pointer) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    PyErr_SetString(exception_of(error.kind()), error.sentence().c_str());
+  }
+}
+
 py::tuple query_cuda_device(int device_index) {
   const CudaDevice device = cuda_device(device_index);
   return py::make_tuple(device.compute_capability, device.smem_opt_in);
@@ -115,6 +137,7 @@ py::tuple query_cuda_device(int device_index) {
 
 PYBIND11_MODULE(_C, module) {
   namespace py = pybind11;
+  py::register_local_exception_translator(fa::api::translate_error);
   module.def("build_info", fa::api::build_info);
   module.def("kernel_table", fa::api::kernel_table);
   module.def("kernel_resources", fa::api::kernel_resources);

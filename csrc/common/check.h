@@ -30,7 +30,16 @@ constexpr const char* name_of(ErrorKind kind) {
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& sentence)
-      : std::runtime_error(std::string(name_of(kind)) + ": " + sentence) {}
+      : std::runtime_error(std::string(name_of(kind)) + ": " + sentence),
+        kind_(kind),
+        sentence_(sentence) {}
+
+  ErrorKind kind() const { return kind_; }
+  const std::string& sentence() const { return sentence_; }
+
+ private:
+  ErrorKind kind_;
+  std::string sentence_;
 };
 
 template <typename... Parts>

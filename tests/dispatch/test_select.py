@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import flash_attn_cuda
 from flash_attn_cuda import _C
@@ -91,7 +92,7 @@ def test_a_problem_without_a_kernel_is_refused_in_one_sentence(
 ) -> None:
     decision = decide(**changes)
     assert decision["kernel"] is None
-    assert sentence in decision["error"]
+    assert sentence in f"{decision['exception']}: {decision['error']}"
 
 
 @needs_cuda_build
@@ -154,3 +155,10 @@ def test_machine_code_runs_where_cuda_says(
 ) -> None:
     assert all(_C.runs_on(architectures, capability) for capability in runs)
     assert not any(_C.runs_on(architectures, capability) for capability in does_not_run)
+
+
+@needs_cuda_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"no CUDA driver is loaded on this machine: install"):
+        _C.query_cuda_device(0)

@@ -174,6 +174,22 @@ def test_the_sdist_holds_every_source(tmp_path: Path) -> None:
     assert wanted | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
+def install(wheel: Path, folder: Path) -> Path:
+    """A new virtual environment with the wheel and the torch of these tests; returns its Python."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    installed = run(python, "-m", "pip", "install", "--no-deps", wheel, folder=folder)
+    assert installed.returncode == 0, installed.stdout
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("platlib"))
+    return python
+
+
+def copy_tree(folder: Path) -> Path:
+    ignore = shutil.ignore_patterns("*.so", "build", ".*", "tests", "benchmarks", "*.egg-info")
+    return Path(shutil.copytree(ROOT, folder / "tree", ignore=ignore))
+
+
 @pytest.mark.slow
 def test_sdist_to_wheel_to_import_within_the_budget(tmp_path: Path) -> None:
     """Isolated, as users do it: no second torch, all targets, in time and memory; then it runs."""
@@ -192,13 +208,7 @@ def test_sdist_to_wheel_to_import_within_the_budget(tmp_path: Path) -> None:
     assert used is not None, result.stdout
     assert float(used[1]) < GIB_FOR_ONE_COMPILER
 
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    wheel = next(tmp_path.glob("*.whl"))
-    installed = run(python, "-m", "pip", "install", "--no-deps", wheel, folder=tmp_path)
-    assert installed.returncode == 0, installed.stdout
-    site_packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    (site_packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("platlib"))
+    python = install(next(tmp_path.glob("*.whl")), tmp_path / "venv")
     code = (
         "import torch, flash_attn_cuda as f; q = torch.ones(1, 4, 1, 8);"
         "assert f.flash_attn_func(q, q, q).eq(1).all(); print(f.__file__)"
@@ -209,13 +219,31 @@ def test_sdist_to_wheel_to_import_within_the_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_cpu_only_build_says_so_once_and_its_cuda_calls_say_how_to_rebuild(
+    tmp_path: Path,
+) -> None:
+    result = run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "."),
+        folder=copy_tree(tmp_path),
+        FA_CUDA_ARCHS="none",
+    )
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("CPU-only build") == 1
+    python = install(next(tmp_path.rglob("*.whl")), tmp_path / "venv")
+    code = "import flash_attn_cuda as f; print(f.build_info()); f._C.query_cuda_device(0)"
+    asked = run(python, "-c", code, folder=tmp_path)
+    assert "'cuda_version': None, 'architectures': []" in asked.stdout
+    assert "NotImplementedError: this build of flash_attn_cuda has no CUDA kernels" in asked.stdout
+    assert "reinstall it from source where nvcc" in asked.stdout
+
+
+@pytest.mark.slow
 def test_a_failed_compile_fails_the_build(tmp_path: Path) -> None:
-    ignore = shutil.ignore_patterns("*.so", "build", ".*", "tests", "benchmarks")
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)
-    (tmp_path / "tree" / "csrc" / "api" / "attention.cpp").write_text("this is not C++\n")
+    tree = copy_tree(tmp_path)
+    (tree / "csrc" / "api" / "attention.cpp").write_text("this is not C++\n")
     result = run(
         *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "."),
-        folder=tmp_path / "tree",
+        folder=tree,
         FA_CUDA_ARCHS="none",
     )
     assert result.returncode != 0
