@@ -34,7 +34,7 @@ class Decision:
         lines = [self.kernel or f"no kernel: {self.error}"]
         for reason, names in by_reason.items():
             rows = ", ".join(names) if len(names) <= 3 else f"{len(names)} others"
-            note = "also run; the first that runs is taken" if reason == "runs" else reason
+            note = "could run too; the first that can is taken" if reason == "runs" else reason
             lines.append(f"    not {rows}: {note}")
         return "\n".join(lines)
 
