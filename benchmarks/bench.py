@@ -136,7 +136,7 @@ def main() -> None:
                     **environment(options.device),
                 }
             )
-    writer = csv.DictWriter(options.out, fieldnames=list(rows[0]))
+    writer = csv.DictWriter(options.out, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 
