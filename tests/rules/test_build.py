@@ -19,8 +19,8 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS_FOR_ALL_TARGETS = 600
-GIB_FOR_ONE_COMPILER = 4.0  # two run at once on two cores, far below what a machine of 8 GiB has
+BUDGET_SECONDS = {"all": 600, "90a": 240}  # on two cores: all targets, one GPU
+GIB_FOR_ONE_COMPILER = 2.0  # two run at once on two cores
 
 
 @pytest.fixture
@@ -191,19 +191,20 @@ def copy_tree(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_sdist_to_wheel_to_import_within_the_budget(tmp_path: Path) -> None:
-    """Isolated, as users do it: no second torch, all targets, in time and memory; then it runs."""
+@pytest.mark.parametrize("archs", BUDGET_SECONDS)
+def test_sdist_to_wheel_to_import_within_the_budget(tmp_path: Path, archs: str) -> None:
+    """Isolated, as users do it: no second torch, in time and memory; then it runs."""
     sdist = make_sdist(tmp_path)
     start = time.monotonic()
     result = run(
         *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path, sdist),
         folder=tmp_path,
-        FA_CUDA_ARCHS="all",
+        FA_CUDA_ARCHS=archs,
     )
     seconds = time.monotonic() - start
     assert result.returncode == 0, result.stdout
     assert not re.search(r"Collecting (torch|nvidia)", result.stdout)
-    assert seconds < SECONDS_FOR_ALL_TARGETS
+    assert seconds < BUDGET_SECONDS[archs]
     used = re.search(r"the largest compiler process took ([\d.]+) GiB", result.stdout)
     assert used is not None, result.stdout
     assert float(used[1]) < GIB_FOR_ONE_COMPILER
