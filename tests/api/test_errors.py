@@ -77,9 +77,8 @@ def test_mixed_dtypes(device: str, odd: int) -> None:
         flash_attn_func(*qkv)
 
 
+@pytest.mark.gpu
 def test_float32_on_cuda_names_the_dtypes_that_work() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     x = _tensor(*Q, device="cuda")
     with pytest.raises(
         TypeError, match=r"expected bfloat16 or float16 on CUDA, got float32; .*autocast"
