@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 PIP_QUIET := --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: demo test lint kernels sdist clean
+.PHONY: demo test lint kernels clean FORCE
 
 demo: $(VENV)/.built
 	$(RUN) -m flash_attn_cuda --plot first_light.png
@@ -24,11 +24,12 @@ test: $(VENV)/.built
 	$(RUN) -m pytest
 
 lint: $(VENV)/.installed
+	$(RUN) tests/rules/source_rules.py
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Every CUDA kernel for every target: fails on spills, local memory and ptxas' performance warnings.
 kernels: $(VENV)/.installed
@@ -39,12 +40,22 @@ clean:
 
 $(VENV)/.installed: .ci/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo 'installing torch and the tools into $(VENV): a few minutes'
 	@$(RUN) -m pip install $(PIP_QUIET) '$(TORCH)' -r .ci/requirements.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+# Where there is an NVIDIA driver and no CUDA toolkit, setup.py names the packages that bring nvcc.
+$(VENV)/.built: $(VENV)/.installed $(VENV)/.knobs $(SOURCES)
 	@echo 'compiling flash_attn_cuda: a minute or two on 2 cores'
-	@$(RUN) -m pip install $(PIP_QUIET) --no-build-isolation --no-deps -e .
+	@missing=$$($(RUN) -c 'import setup; print(*setup.plan()[0])') && \
+	  { test -z "$$missing" || $(RUN) -m pip install $(PIP_QUIET) $$missing; }
+	@$(RUN) -m pip install -v --no-build-isolation --no-deps -e . >$(VENV)/build.log 2>&1 || \
+	  { cat $(VENV)/build.log; exit 1; }
+	@grep '^ *flash_attn_cuda:' $(VENV)/build.log
 	@touch $@
+
+# Changes when a variable that the build reads does.
+KNOBS := $(FA_CUDA_ARCHS) $(FA_HEAD_DIMS) $(FA_DEBUG) $(CUDA_HOME)
+$(VENV)/.knobs: $(VENV)/.installed FORCE
+	@echo '$(KNOBS)' | cmp -s - $@ || echo '$(KNOBS)' >$@

@@ -28,14 +28,14 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-MINIMUM_TORCH = "2.10"
-TORCH_TARGET_VERSION = (
-    "0x020a000000000000"  # the stable ABI of torch 2.10: the binary serves every newer torch
-)
+MINIMUM_TORCH = (2, 10)
+# The stable ABI of torch 2.10: the binary serves every newer torch.
+TORCH_TARGET_VERSION = "0x020a000000000000"
 MINIMUM_CUDA = (12, 8)
 ALL_ARCHS = "80+ptx;90a"
 NVCC_FROM_PYPI = [
@@ -48,15 +48,30 @@ def say(sentence: str) -> None:
     print(f"flash_attn_cuda: {sentence}", file=sys.stderr, flush=True)
 
 
+def stop(sentence: str) -> NoReturn:
+    sys.exit(f"flash_attn_cuda: {sentence}")
+
+
+def output_of(*command: str | Path) -> str:
+    """What a program prints; nothing where there is no such program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def find_torch() -> bool:
     """Makes the target environment's torch importable, also from an isolated build."""
-    folders = [sysconfig.get_path("platlib"), *site.getsitepackages(), site.getusersitepackages()]
+    folders = [sysconfig.get_path("platlib"), *site.getsitepackages()]
+    folders += [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     # At the end, so that an isolated build's own setuptools stays first.
     sys.path += [folder for folder in folders if folder not in sys.path]
     try:
-        import torch  # noqa: F401
+        import torch
     except ModuleNotFoundError:
         return False
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MINIMUM_TORCH:
+        stop(f"torch {torch.__version__} is installed, and 2.10 or newer is needed: upgrade torch")
     return True
 
 
@@ -68,31 +83,31 @@ def driver_present() -> bool:
 
 
 def find_cuda_home() -> Path | None:
-    on_path = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    homes += [on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"]
-    homes += [home for folder in sys.path for home in Path(folder or ".").glob("nvidia/cu[0-9]*")]
     # An nvcc on PATH may be a wrapper script far from its toolkit: the headers tell.
     parts = ("bin/nvcc", "include/cuda_runtime_api.h")
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named and not all((Path(named) / part).exists() for part in parts):
+        stop(f"CUDA_HOME is {named}, which does not hold {' and '.join(parts)}")
+    on_path = shutil.which("nvcc")
+    homes = [named, on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"]
+    homes += [home for folder in sys.path for home in Path(folder or ".").glob("nvidia/cu[0-9]*")]
     found = (Path(home) for home in homes if home and all((Path(home) / p).exists() for p in parts))
     return next(found, None)
 
 
 def check_toolkit(home: Path) -> str:
-    text = subprocess.run(
-        [home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    text = output_of(home / "bin/nvcc", "--version")
     match = re.search(r"release (\d+)\.(\d+)", text)
     if match is None:
-        sys.exit(f"flash_attn_cuda: {home / 'bin/nvcc'} did not tell its version")
+        stop(f"{home / 'bin/nvcc'} did not tell its version")
     version = (int(match[1]), int(match[2]))
     if version < MINIMUM_CUDA:
-        sys.exit(
-            f"flash_attn_cuda: the CUDA toolkit in {home} is {version[0]}.{version[1]}; "
+        stop(
+            f"the CUDA toolkit in {home} is {version[0]}.{version[1]}; "
             f"{MINIMUM_CUDA[0]}.{MINIMUM_CUDA[1]} or newer is needed. Point CUDA_HOME at a newer "
             "one, or set FA_CUDA_ARCHS=none for a CPU-only build"
         )
-    driver = re.search(r"CUDA Version: (\d+)\.(\d+)", nvidia_smi())
+    driver = re.search(r"CUDA Version: (\d+)\.(\d+)", output_of("nvidia-smi"))
     if driver and int(driver[1]) < version[0]:
         say(
             f"WARNING: the NVIDIA driver of this machine supports CUDA {driver[1]}.{driver[2]}, "
@@ -102,27 +117,18 @@ def check_toolkit(home: Path) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def nvidia_smi(*arguments: str) -> str:
-    try:
-        return subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 def choose_archs() -> list[str]:
     """FA_CUDA_ARCHS as a list like ["80+ptx", "90a"]."""
     wanted = os.environ.get("FA_CUDA_ARCHS", "").strip() or "native"
     if wanted == "native":
-        present = nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
+        present = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         capabilities = {int(a + b) for a, b in re.findall(r"(\d+)\.(\d)", present)}
         wanted = ";".join(f"{c}a" if c == 90 else str(c) for c in sorted(capabilities) if c >= 80)
     archs = re.split(r"[;, ]+", ALL_ARCHS if wanted in ("", "all") else wanted)
     for arch in archs:
-        if not re.fullmatch(r"\d{2,3}(a|\+ptx)?", arch):
-            sys.exit(
-                "flash_attn_cuda: FA_CUDA_ARCHS: expected native, all, none or a list like "
+        if not re.fullmatch(r"([89]\d|1\d\d)(a|\+ptx)?", arch):
+            stop(
+                "FA_CUDA_ARCHS: expected native, all, none or a list of 80 and newer like "
                 f"{ALL_ARCHS}, got {arch}"
             )
     return archs
@@ -145,14 +151,14 @@ def gencode(archs: list[str]) -> tuple[list[str], list[str]]:
 def sources(*folders: str, suffix: str) -> list[str]:
     csrc = ROOT / "csrc"
     found = [path for name in folders for path in sorted((csrc / name).glob(f"*{suffix}"))]
-    head_dims = re.findall(r"\d+", os.environ.get("FA_HEAD_DIMS", ""))
-    of_head_dim = re.compile(r"_d(\d+)\.cu$")
-    chosen = []
-    for path in found:
-        match = of_head_dim.search(path.name)
-        if not (match and head_dims) or match[1] in head_dims:
-            chosen.append(str(path.relative_to(ROOT)))
-    return chosen
+    names = {path: re.search(r"_d(\d+)\.cu$", path.name) for path in found}
+    head_dim = {path: match[1] for path, match in names.items() if match}
+    wanted = set(re.findall(r"[^;, ]+", os.environ.get("FA_HEAD_DIMS", "")))
+    if head_dim and not wanted <= set(head_dim.values()):
+        every = ";".join(sorted(set(head_dim.values()), key=int))
+        stop(f"FA_HEAD_DIMS: expected some of {every}, got {os.environ['FA_HEAD_DIMS']}")
+    chosen = [path for path in found if not wanted or head_dim.get(path) in {None, *wanted}]
+    return [str(path.relative_to(ROOT)) for path in chosen]
 
 
 def make_extension(cuda_home: Path | None, archs: list[str]) -> Extension:
@@ -168,7 +174,8 @@ def make_extension(cuda_home: Path | None, archs: list[str]) -> Extension:
         files += sources("support", suffix=".cpp") + sources("support", "sm80", suffix=".cu")
         flags, names = gencode(archs)
         defines.append(f"-DFA_COMPILED_ARCHS={','.join(names)}")
-        system_includes.append(str(cuda_home / "include"))
+        if cuda_home != Path("/usr"):  # the compiler's own; naming it would reorder its headers
+            system_includes.append(str(cuda_home / "include"))
         libraries += ["cudart_static", "rt", "pthread", "dl"]
         library_dirs += [str(cuda_home / "lib64"), str(cuda_home / "lib")]
         nvcc = [*flags, "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
@@ -204,6 +211,7 @@ def make_build_command(cuda_home: Path | None, summary: str) -> type:
             say(summary)
             if self.inplace or getattr(self, "editable_mode", False):  # for developers: incremental
                 self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}")
+            self.force = True  # ninja knows better what is out of date
             start = time.monotonic()
             super().build_extensions()
             largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -217,7 +225,7 @@ def make_build_command(cuda_home: Path | None, summary: str) -> type:
 
 def plan() -> tuple[list[str], Path | None, str]:
     """What is missing to build, the CUDA toolkit to build with (None: CPU only), and a summary."""
-    missing = [] if find_torch() else [f"torch>={MINIMUM_TORCH}"]
+    missing = [] if find_torch() else ["torch>=2.10"]
     if os.environ.get("FA_CUDA_ARCHS", "").strip() == "none":
         return missing, None, "CPU-only build, as FA_CUDA_ARCHS=none asks"
     cuda_home = find_cuda_home()
@@ -236,8 +244,8 @@ def main() -> None:
         arguments["ext_modules"] = [make_extension(cuda_home, choose_archs() if cuda_home else [])]
         arguments["cmdclass"] = {"build_ext": make_build_command(cuda_home, summary)}
     elif {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"} & set(sys.argv):
-        sys.exit(
-            f"flash_attn_cuda: {summary}. To build, install {' '.join(missing)}, or let pip do so "
+        stop(
+            f"{summary}. To build, install {' '.join(missing)}, or let pip do so "
             "by leaving out --no-build-isolation; FA_CUDA_ARCHS=none builds for the CPU alone"
         )
     setup(**arguments)

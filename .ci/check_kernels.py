@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,16 +28,20 @@ PERFORMANCE = re.compile(r"\(C75\d\d\)")
 
 
 def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-    return found or sys.exit("check_kernels: nvcc is not on PATH and CUDA_HOME is not set")
+    sys.path.insert(0, str(ROOT))
+    import setup  # finds the toolkit as the build does
+
+    home = setup.find_cuda_home()
+    return str(home / "bin/nvcc") if home else sys.exit("check_kernels: no CUDA toolkit was found")
 
 
-def compile_source(source: Path, target: str, folder: Path) -> tuple[list[str], list[str]]:
+def compile_source(
+    compiler: str, source: Path, target: str, folder: Path
+) -> tuple[list[str], list[str]]:
     """Returns the rows of the register table and the faults found."""
     arch = f"-gencode=arch=compute_{target},code=sm_{target}"
     output = folder / f"{source.parent.name}_{source.stem}_{target}.cubin"
-    command = [nvcc(), *FLAGS, arch, str(source.relative_to(ROOT)), "-o", str(output)]
+    command = [compiler, *FLAGS, arch, str(source.relative_to(ROOT)), "-o", str(output)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     log = result.stdout + result.stderr
     where = f"{source.relative_to(ROOT)} for sm_{target}"
@@ -60,10 +63,11 @@ def compile_source(source: Path, target: str, folder: Path) -> tuple[list[str], 
 
 
 def main() -> None:
+    compiler = nvcc()
     sources = sorted((ROOT / "csrc").rglob("*.cu"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            pool.submit(compile_source, source, target, Path(folder))
+            pool.submit(compile_source, compiler, source, target, Path(folder))
             for source in sources
             for target in TARGETS
         ]

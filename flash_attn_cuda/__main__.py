@@ -16,6 +16,8 @@ from flash_attn_cuda.demo.report import report
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("--device cuda: torch sees no CUDA device")
         if options.plot:
             plot.check_installed()
         return _demo(options)

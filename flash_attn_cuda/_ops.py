@@ -34,6 +34,8 @@ _ERRORS: dict[str, type[Exception]] = {
 def _raise_named(error: RuntimeError) -> NoReturn:
     """The compiled code prefixes a message with the exception that it stands for."""
     name, _, sentence = str(error).partition(": ")
+    if name == "OutOfMemoryError" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()  # an earlier CUDA error fails allocations too, and is raised here
     if name in _ERRORS:
         raise _ERRORS[name](sentence) from None
     raise error
@@ -43,8 +45,8 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check_fake(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What tracing must know; the compiled code checks everything when it runs."""
+def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What tracing and explain() must know; the compiled code checks everything when it runs."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(
@@ -66,7 +68,7 @@ def _fwd_fake(
     window_left: int,
     window_right: int,
 ) -> tuple[Tensor, Tensor]:
-    _check_fake(q, k, v)
+    check_alike(q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=_statistics_dtype(q))
     return q.new_empty(q.shape), softmax_lse

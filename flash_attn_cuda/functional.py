@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,8 @@ from flash_attn_cuda import _ops
 
 # A Tensor, or a tuple of them where the arguments ask for more than the output.
 AttentionResult: TypeAlias = Tensor | Any
+
+_UNBOUNDED = 1 << 40  # more keys than any sequence has
 
 
 def flash_attn_func(
@@ -59,8 +62,8 @@ def flash_attn_func(
         softcap: only 0.0 for now.
         alibi_slopes: only None for now.
         deterministic: every kernel is deterministic at present, so both values do the same.
-        return_attn_probs: return (out, softmax_lse, S_dmask) as flash-attn does; S_dmask is empty
-            without dropout.
+        return_attn_probs: return (out, softmax_lse, S_dmask) as flash-attn does, whatever
+            return_lse says; S_dmask is empty without dropout.
         return_lse: return (out, softmax_lse); softmax_lse is (batch, heads, seqlen_q), float32
             (float64 for float64 inputs), natural log, and differentiable.
         attn_bias, attn_mask, key_padding_mask, seqlens_q, seqlens_k, document_ids, prefix_lens,
@@ -94,6 +97,7 @@ def flash_attn_func(
         names = ", ".join(name for name, given in not_yet.items() if given)
         raise NotImplementedError(f"{names}: not implemented yet; leave the default")
 
+    _check_arguments(q, k, v, softmax_scale)
     q, k, v = _autocast(q, k, v)
     window_left, window_right = _window(causal, window_size)
     out, softmax_lse = _ops.attention(q, k, v, softmax_scale, window_left, window_right)
@@ -226,6 +230,8 @@ def flash_attn_kvpacked_func(
 
 
 def _check_packed(name: str, packed: Tensor, parts: int) -> None:
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(packed).__name__}")
     if packed.dim() != 5 or packed.shape[2] != parts:
         raise ValueError(
             f"{name}: expected shape (batch, seqlen, {parts}, heads, head_dim), got "
@@ -233,9 +239,29 @@ def _check_packed(name: str, packed: Tensor, parts: int) -> None:
         )
 
 
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
+    """What the compiled code cannot check: that it is given tensors and a number."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if softmax_scale is not None and isinstance(softmax_scale, (str, bytes, Tensor)):
+        raise TypeError(f"softmax_scale: expected a number, got {type(softmax_scale).__name__}")
+
+
 def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    if len(window_size) != 2:
-        raise ValueError(f"window_size: expected (left, right), got {window_size!r}")
+    """(left, right) as the operator takes them. While tracing, sides may be symbolic integers,
+    which the operator checks when it runs."""
+    if not torch.compiler.is_compiling():
+        try:
+            left, right = (min(operator.index(side), _UNBOUNDED) for side in window_size)
+        except (TypeError, ValueError):
+            left = right = -2
+        if min(left, right) < -1:
+            raise ValueError(
+                "window_size: expected (left, right), each a number of keys or -1 (unbounded), "
+                f"got {window_size!r}"
+            )
+        return left, 0 if causal else right
     left, right = window_size
     return left, 0 if causal else right
 
@@ -243,7 +269,7 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own attention does."""
     device_type = q.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return q, k, v
     dtype = torch.get_autocast_dtype(device_type)
     castable = (torch.float32, torch.float16, torch.bfloat16)

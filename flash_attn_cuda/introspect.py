@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn_cuda._ops import _C
+from flash_attn_cuda._ops import _C, check_alike
 from flash_attn_cuda._version import __version__
-from flash_attn_cuda.functional import _autocast, _window
+from flash_attn_cuda.functional import _autocast, _check_arguments, _window
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Decision:
                 by_reason.setdefault(reason, []).append(name)
         lines = [self.kernel or f"no kernel: {self.error}"]
         for reason, names in by_reason.items():
-            rows = ", ".join(names) if len(names) <= 3 else f"{len(names)} others"
+            rows = ", ".join(names) if len(names) <= 3 else f"{len(names)} other kernels"
             note = "could run too; the first that can is taken" if reason == "runs" else reason
             lines.append(f"    not {rows}: {note}")
         return "\n".join(lines)
@@ -70,9 +70,12 @@ def explain(
         An :class:`Explanation`; its str() is a report.
 
     Raises:
+        ValueError, TypeError: the tensors' ranks, devices or dtypes, or window_size.
         NotImplementedError: the tensors are on CUDA and this build or torch has no CUDA support.
     """
+    _check_arguments(q, k, v, None)
     q, k, v = _autocast(q, k, v)
+    check_alike(q, k, v)
     window_left, window_right = _window(causal, window_size)
     on_cuda = q.device.type == "cuda"
     device = "the CPU"

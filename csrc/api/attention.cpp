@@ -13,8 +13,8 @@ namespace {
 // The default is head_dim ** -0.5.
 double resolve_scale(std::optional<double> softmax_scale, const Shape& shape) {
   const double scale = softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
-  check(std::isfinite(scale), ErrorKind::kValue, "softmax_scale: expected a finite number, got ",
-        scale);
+  check(std::isfinite(static_cast<float>(scale)), ErrorKind::kValue,
+        "softmax_scale: expected a finite number within float32, got ", scale);
   return scale;
 }
 

@@ -33,8 +33,10 @@ void* current_cuda_stream(int device_index) {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                   void (*body)(int64_t, int64_t, void*), void* context) {
+  // All that a CPU kernel throws is std::bad_alloc, for its scratch memory.
   check(torch_parallel_for(begin, end, grain_size, body, context) == TORCH_SUCCESS,
-        ErrorKind::kRuntime, "a CPU kernel failed; the most likely reason is lack of memory");
+        ErrorKind::kOutOfMemory,
+        "CPU out of memory. A kernel could not allocate its scratch memory");
 }
 
 template <typename Params>

@@ -35,6 +35,15 @@ constexpr const char* name_of(Dtype dtype) {
 
 constexpr const char* name_of(Pass pass) { return pass == Pass::kForward ? "fwd" : "bwd"; }
 constexpr const char* name_of(MaskMode mask) { return mask == MaskMode::kFull ? "full" : "window"; }
-constexpr const char* name_of(Family family) { return family == Family::kCpu ? "cpu" : "sm80"; }
+
+constexpr const char* name_of(Family family) {
+  switch (family) {
+    case Family::kCpu:
+      return "cpu";
+    case Family::kSm80:
+      return "sm80";
+  }
+  return "";
+}
 
 }  // namespace fa

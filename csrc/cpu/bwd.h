@@ -58,7 +58,7 @@ class BwdTiles {
       // A query that sees no key, and one past the end: exp(score - inf) is 0 for any score.
       const bool sees_keys = query < queries && lse[query] != -kInfinity<Real>;
       lse_[query] = sees_keys ? lse[query] : kInfinity<Real>;
-      delta_[query] = query < queries ? delta[query] : 0;
+      delta_[query] = sees_keys ? delta[query] : 0;  // else what reaches its LSE may be NaN
     }
   }
 
@@ -87,7 +87,8 @@ class BwdTiles {
         Real* ds_lanes = ds.row(key) + query;
         const Vec<Real> probability = exp<Real>(load(p_lanes) - load(lse_ + query));
         store(p_lanes, probability);
-        store(ds_lanes, probability * (load(ds_lanes) - load(delta_ + query)));
+        const Vec<Real> ds_of_visible = probability * (load(ds_lanes) - load(delta_ + query));
+        store(ds_lanes, probability == Vec<Real>{} ? Vec<Real>{} : ds_of_visible);
       }
     }
   }

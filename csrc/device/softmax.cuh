@@ -54,7 +54,7 @@ class OnlineSoftmax {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       const float sum = row_sum(sum_[row]);
-      const bool sees_a_key = sum > 0.0f;
+      const bool sees_a_key = !(sum == 0.0f);  // a NaN is seen, and stays NaN
       lse[row] = sees_a_key ? fmaf(base_of(max_[row]), kLn2, logf(sum)) : -INFINITY;
       normalizer[row] = sees_a_key ? 1.0f / sum : 0.0f;
     }
@@ -73,9 +73,9 @@ class OnlineSoftmax {
 // lse = -inf; +inf in its place makes every p of the row exactly 0.
 FA_DEVICE float lse_to_log2(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2E; }
 
-// p * (dp - delta), the gradient of the scaled score; 0 where p is, whatever dp is.
+// p * (dp - delta), the gradient of the scaled score; 0 where p is, whatever dp and delta are.
 FA_DEVICE float softmax_gradient(float p, float dp, float delta) {
-  return p > 0.0f ? p * (dp - delta) : 0.0f;
+  return p == 0.0f ? 0.0f : p * (dp - delta);
 }
 
 }  // namespace fa::device

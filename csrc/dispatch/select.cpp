@@ -111,25 +111,24 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
     case Verdict::kRuns:
       return "runs";
     case Verdict::kOtherPass:
-      return config.pass == Pass::kForward ? "it is a forward kernel" : "it is a backward kernel";
+      return config.pass == Pass::kForward ? "a forward kernel" : "a backward kernel";
     case Verdict::kOtherDevice:
-      return config.family == Family::kCpu ? "it runs on the CPU" : "it runs on CUDA";
+      return config.family == Family::kCpu ? "for CPU tensors" : "for CUDA tensors";
     case Verdict::kNoMachineCode:
       return concat("no kernel for sm_", problem.device.compute_capability,
                     "; compiled: ", join(compiled_architectures()));
     case Verdict::kDtype:
-      return concat("it takes ", name_of(config.dtype), ", not ", name_of(problem.dtype));
+      return concat("for ", name_of(config.dtype), ", not ", name_of(problem.dtype));
     case Verdict::kHeadDim:
       return concat("head_dim ", problem.head_dim, " is more than this row's ", config.head_dim);
     case Verdict::kMask:
-      return "it has no mask";
+      return "for full attention only";
     case Verdict::kSharedMemory:
-      return concat("it needs ", config.smem_bytes(),
+      return concat("needs ", config.smem_bytes(),
                     " bytes of shared memory; a block of this device has ",
                     problem.device.smem_opt_in);
     case Verdict::kNotBuilt:
-      return concat("it was left out of this build; rebuild with FA_HEAD_DIMS naming ",
-                    config.head_dim);
+      return concat("left out of this build; rebuild with FA_HEAD_DIMS naming ", config.head_dim);
   }
   return "";
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,46 @@ def test_running_out_of_memory_is_torchs_own_error() -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"CPU out of memory\. .* on cpu") as caught:
         flash_attn_func(q, *2 * (_tensor(1, 1, 4096, 8),))
     assert ".h" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "window_size", [None, (None, None), (1.5, 0), (1, 2, 3), (-2, 0), (3, -5)], ids=str
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_window_size(window_size: Any, causal: bool) -> None:
+    x = _tensor(*Q)
+    with pytest.raises(ValueError, match=r"^window_size: expected \(left, right\), .*, got "):
+        flash_attn_func(x, x, x, causal=causal, window_size=window_size)
+
+
+def test_huge_windows_are_unbounded() -> None:
+    x = _tensor(*Q)
+    everything = flash_attn_func(x, x, x)
+    assert torch.equal(flash_attn_func(x, x, x, window_size=(2**63, 2**80)), everything)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_what_is_not_a_tensor(position: int) -> None:
+    arguments: list[Any] = [_tensor(*Q)] * 3
+    arguments[position] = None
+    with pytest.raises(TypeError, match=rf"^{'qkv'[position]}: expected a torch.Tensor, got None"):
+        flash_attn_func(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error"), [("a", TypeError), (float("nan"), ValueError), (1e39, ValueError)]
+)
+def test_softmax_scale(scale: Any, error: type[Exception]) -> None:
+    x = _tensor(*Q)
+    with pytest.raises(error, match=r"^softmax_scale: expected a "):
+        flash_attn_func(x, x, x, softmax_scale=scale)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    x = _tensor(*Q, device="meta")
+    out, lse = flash_attn_func(x, x, x, return_lse=True)
+    assert out.shape == x.shape
+    assert lse.shape == (Q[0], Q[2], Q[1])
 
 
 def test_messages_carry_no_source_path() -> None:

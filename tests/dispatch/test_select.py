@@ -134,9 +134,7 @@ def test_reasons_name_every_row_of_the_pass() -> None:
     rows = {row["name"] for row in _C.kernel_table() if row["pass"] == "fwd"}
     assert set(decision["reasons"]) == rows
     assert decision["reasons"][decision["kernel"]] == "runs"
-    assert decision["reasons"]["flash_fwd_cpu_float32_d512_window"] == (
-        "it takes float32, not bfloat16"
-    )
+    assert decision["reasons"]["flash_fwd_cpu_float32_d512_window"] == ("for float32, not bfloat16")
 
 
 @pytest.mark.parametrize(

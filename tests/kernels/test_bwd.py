@@ -26,6 +26,36 @@ def test_masked_row_has_no_gradient(device: str, dtype: str) -> None:
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("heads_kv", [1, 16])  # the CPU kernels split the work in two ways
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_that_reaches_the_lse_of_a_masked_row_goes_no_further(
+    device: str, dtype: str, heads_kv: int
+) -> None:
+    case = Case(
+        batch=1, seqlen_q=150, seqlen_k=70, heads=16, heads_kv=heads_kv, causal=True, dtype=dtype
+    ).on(device)
+    inputs = make_inputs(case)
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    _, lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
+    # As in merging two partial results: a row that saw nothing in either has gradient NaN.
+    merged = torch.logaddexp(lse, lse)
+    gradients = torch.autograd.grad(merged.sum(), (q, k, v))
+    assert (gradients[0][:, : case.seqlen_q - case.seqlen_k] == 0).all()
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_a_query_is_not_hidden(device: str, dtype: str) -> None:
+    case = Case(seqlen_q=70, seqlen_k=90, dtype=dtype).on(device)
+    inputs = make_inputs(case)
+    inputs.q[:, 33] = float("nan")
+    results = run(case, inputs, backward=True)
+    assert results.dq[:, 33].isnan().all()
+    assert results.dk.isnan().all()  # without a mask, every key meets the query
+    assert results.dq[:, 34:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_key_that_no_query_sees_has_no_gradient(device: str, dtype: str) -> None:
     case = Case(seqlen_q=40, seqlen_k=150, window=(10, 0), dtype=dtype, dlse=True).on(device)

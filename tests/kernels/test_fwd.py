@@ -78,6 +78,7 @@ def test_nan_in_a_query_stays_in_its_row(device: str, dtype: str) -> None:
     inputs.q[:, 33] = float("nan")
     after = run(case, inputs, backward=False)
     assert after.out[:, 33].isnan().all()
+    assert after.lse[..., 33].isnan().all()
     others = [row for row in range(case.seqlen_q) if row != 33]
     assert_bitwise_equal("out", after.out[:, others], before.out[:, others])
     assert_bitwise_equal("lse", after.lse[..., others], before.lse[..., others])

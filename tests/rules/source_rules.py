@@ -51,7 +51,7 @@ TOP_LEVEL = {
 
 # The first pattern that matches a path gives its longest length in lines.
 SIZE_LIMITS = (
-    ("setup.py", 250),
+    ("setup.py", 260),
     ("README.md", 300),
     ("CMakeLists.txt", 90),
     ("csrc/README.md", 120),

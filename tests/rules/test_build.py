@@ -59,10 +59,40 @@ def test_archs_are_all_targets_without_a_gpu(
     assert setup_py.choose_archs() == ["86", "120"]
 
 
-def test_unknown_archs_are_refused(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FA_CUDA_ARCHS", "80;hopper")
-    with pytest.raises(SystemExit, match=r"FA_CUDA_ARCHS: expected .* got hopper"):
+@pytest.mark.parametrize("archs", ["75", "80;hopper", "90b"])
+def test_archs_without_kernels_are_refused(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, archs: str
+) -> None:
+    monkeypatch.setenv("FA_CUDA_ARCHS", archs)
+    with pytest.raises(SystemExit, match=r"FA_CUDA_ARCHS: expected native, all, none or a list"):
         setup_py.choose_archs()
+
+
+@pytest.mark.parametrize("head_dims", ["96", "64;abc"])
+def test_head_dims_without_kernels_are_refused(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, head_dims: str
+) -> None:
+    monkeypatch.setenv("FA_HEAD_DIMS", head_dims)
+    with pytest.raises(
+        SystemExit, match=rf"FA_HEAD_DIMS: expected some of 64;128, got {head_dims}"
+    ):
+        setup_py.sources("sm80", suffix=".cu")
+
+
+def test_a_wrong_cuda_home_is_named(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match=rf"CUDA_HOME is {tmp_path}, which does not hold bin/nvcc"):
+        setup_py.find_cuda_home()
+
+
+def test_an_old_torch_is_named(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.__version__", "2.9.1")
+    with pytest.raises(
+        SystemExit, match=r"torch 2\.9\.1 is installed, and 2\.10 or newer is needed"
+    ):
+        setup_py.find_torch()
 
 
 def test_gencode(setup_py: ModuleType) -> None:

@@ -46,3 +46,7 @@ def test_python_blocks_run() -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_no_figure_is_missing() -> None:
+    assert not re.findall(r"@\w+@", README)
