@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators: fake kernels, autograd, and the one entry point that the public functions call.
 
-Eager calls go through an autograd.Function, which costs about 20 microseconds; the same formulas
+Eager calls go through an autograd.Function, some tens of microseconds a call; the same formulas
 are registered on the operator for torch.compile and torch.export, where the cost of registration is
 paid once, while tracing.
 """

@@ -262,7 +262,7 @@ def license_first(file: File) -> Iterator[Finding]:
 def names_no_machine(file: File) -> Iterator[Finding]:
     machine = re.compile(
         r"""(?<![\w./)}~-])/(?:home|work|root|Users|scratch)/\w
-          | \bpypi\.org | \bpythonhosted\.org | \bdownload\.pytorch\.org | \banaconda\.org
+          | index-url["']?\s*[=:]?\s*["']?https?://
           | https?://[\w.-]*(?:mirror|registry|artifactory|localhost)""",
         re.VERBOSE,
     )

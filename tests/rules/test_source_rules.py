@@ -16,7 +16,7 @@ CPP = f"// {SPDX}"
 HEADER = f"{CPP}#pragma once\n"
 PY = f"# {SPDX}"
 HOME = "/ho" + "me/someone/flash"
-INDEX = "https://py" + "pi.org/simple"
+INDEX = "index-" + "url: https://packages.example.org/simple"
 
 # rule, path, text that breaks it
 BAD = [
@@ -75,7 +75,7 @@ BAD = [
     ("license_first", ".ci/run", "#!/bin/sh\nset -e\n"),
     ("license_first", "Makefile", "all:\n"),
     ("names_no_machine", "README.md", f"cd {HOME}\n"),
-    ("names_no_machine", ".github/workflows/ci.yml", f"index-url: {INDEX}\n"),
+    ("names_no_machine", ".github/workflows/ci.yml", f"{INDEX}\n"),
     ("python_prints_nothing", "flash_attn_cuda/a.py", PY + "def f():\n    print(1)\n"),
 ]
 
