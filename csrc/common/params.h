@@ -5,8 +5,10 @@
 
 #include <cstdint>
 
+#include "common/seqlen.h"
 #include "common/types.h"
 #include "common/window.h"
+#include "common/workspace.h"
 
 namespace fa {
 
@@ -37,14 +39,24 @@ struct Shape {
   int head_dim;
 
   FA_HOST_DEVICE constexpr int group_size() const { return num_heads / num_heads_kv; }
+};
 
-  // First element of row (batch, head) in a contiguous (batch, num_heads, seqlen_q) tensor.
-  FA_HOST_DEVICE constexpr int64_t row_statistics_offset(int64_t batch_index, int64_t head) const {
-    return (batch_index * num_heads + head) * seqlen_q;
+// One value for each query of each head, contiguous along the queries: (batch, num_heads, seqlen_q),
+// or (num_heads, total_q) with batch_stride 0 where sequences are packed.
+struct RowStatistics {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+
+  template <typename Real>
+  FA_HOST_DEVICE Real* row(int64_t batch, int64_t head) const {
+    return static_cast<Real*>(data) + batch * batch_stride + head * head_stride;
   }
 };
 
 // Row statistics (softmax_lse and its kin) are float, or double where the inputs are double.
+// Without sequences of their own all batch entries have the lengths of the shape; with them, those
+// are the longest, and the window is that of the longest.
 struct FwdParams {
   Shape shape;
   WindowMask window;
@@ -53,7 +65,9 @@ struct FwdParams {
   TensorView k;       // (batch, seqlen_k, num_heads_kv, head_dim)
   TensorView v;       // (batch, seqlen_k, num_heads_kv, head_dim)
   TensorView out;     // (batch, seqlen_q, num_heads, head_dim)
-  void* softmax_lse;  // (batch, num_heads, seqlen_q), natural log; -inf for a row that sees no key
+  RowStatistics softmax_lse;  // natural log; -inf for a row that sees no key
+  Sequences queries = {};
+  Sequences keys = {};
 };
 
 struct BwdParams {
@@ -65,12 +79,15 @@ struct BwdParams {
   TensorView v;             // (batch, seqlen_k, num_heads_kv, head_dim)
   TensorView out;           // (batch, seqlen_q, num_heads, head_dim)
   TensorView dout;          // (batch, seqlen_q, num_heads, head_dim)
-  const void* softmax_lse;  // (batch, num_heads, seqlen_q), from the forward pass
-  const void* dlse;         // (batch, num_heads, seqlen_q), or null: no gradient reaches the LSE
-  void* delta;              // (batch, num_heads, seqlen_q) workspace: rowsum(dout * out) - dlse
   TensorView dq;            // (batch, seqlen_q, num_heads, head_dim)
   TensorView dk;            // (batch, seqlen_k, num_heads_kv, head_dim)
   TensorView dv;            // (batch, seqlen_k, num_heads_kv, head_dim)
+  RowStatistics softmax_lse;  // from the forward pass
+  RowStatistics dlse;         // gradient of softmax_lse; null: none reaches it
+  RowStatistics delta;        // workspace of the CPU family: rowsum(dout * out) - dlse
+  BwdWorkspace workspace;     // of the CUDA families
+  Sequences queries = {};
+  Sequences keys = {};
 };
 
 }  // namespace fa

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "common/types.h"
+#include "common/window.h"
 
 namespace fa {
 
@@ -27,6 +29,51 @@ struct TileScheduler {
     return {static_cast<int>(index % tiles), static_cast<int>(head_index % heads),
             static_cast<int>(head_index / heads)};
   }
+
+  // The same, with the tiles of a head from last to first: under a causal mask the last tile of
+  // queries is the longest, and what starts first should be.
+  FA_HOST_DEVICE constexpr WorkTile last_first(int64_t index) const {
+    const WorkTile tile = at(index);
+    return {tiles - 1 - tile.tile, tile.head, tile.batch};
+  }
+
+  // All heads of tile 0, then all of tile 1, and so on.
+  FA_HOST_DEVICE constexpr WorkTile heads_first(int64_t index) const {
+    const int64_t all_heads = int64_t{heads} * batch;
+    const int64_t head_index = index % all_heads;
+    return {static_cast<int>(index / all_heads), static_cast<int>(head_index % heads),
+            static_cast<int>(head_index / heads)};
+  }
+};
+
+// A tile of queries of one head.
+struct QueryTile {
+  int head;
+  int tile;
+};
+
+// The tiles that hold a range of queries, in each of some consecutive heads.
+class QueryTiles {
+ public:
+  FA_HOST_DEVICE constexpr QueryTiles(Range queries, int tile_rows, int first_head, int heads)
+      : begin_(queries.begin / tile_rows),
+        end_(ceil_div(queries.end, tile_rows)),
+        last_head_(first_head + heads),
+        current_{queries.empty() ? last_head_ : first_head, begin_} {}
+
+  FA_HOST_DEVICE constexpr bool done() const { return current_.head == last_head_; }
+  FA_HOST_DEVICE constexpr QueryTile current() const { return current_; }
+  FA_HOST_DEVICE constexpr void advance() {
+    if (++current_.tile == end_) {
+      current_ = {current_.head + 1, begin_};
+    }
+  }
+
+ private:
+  int begin_;
+  int end_;
+  int last_head_;
+  QueryTile current_;
 };
 
 }  // namespace fa

@@ -32,6 +32,11 @@ class WindowMask {
         left_(clamp(left, seqlen_q + seqlen_k)),
         right_(clamp(right, seqlen_q + seqlen_k)) {}
 
+  // The same window over sequences that are at most as long.
+  FA_HOST_DEVICE constexpr WindowMask over(int seqlen_q, int seqlen_k) const {
+    return {seqlen_q, seqlen_k, left_, right_};
+  }
+
   FA_HOST_DEVICE constexpr bool is_full() const {
     // The first row sees the last key, and the last row sees the first.
     return seqlen_q_ == 0 || seqlen_k_ == 0 ||

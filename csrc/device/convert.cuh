@@ -12,19 +12,42 @@ FA_DEVICE float to_float(__half x) { return __half2float(x); }
 
 // An accumulator as the A operand of the next product. Two of its 8-column blocks are one depth
 // step, and every element is already in the lane that needs it.
-template <typename Element, int kCols>
-FA_DEVICE OperandA<Element, kCols> to_operand(const Accumulator<kCols>& r_tile) {
-  OperandA<Element, kCols> r_operand;
+template <typename Element, int kRows, int kCols>
+FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kCols>& r_tile) {
+  OperandA<Element, kRows, kCols> r_operand;
 #pragma unroll
-  for (int step = 0; step < kCols / kMmaDepth; ++step) {
+  for (int a = 0; a < r_tile.kRowBlocks; ++a) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float (&block)[4] = r_tile.r[2 * step + half];
-      r_operand.r[step][2 * half] = ptx::convert_pair<Element>(block[0], block[1]);
-      r_operand.r[step][2 * half + 1] = ptx::convert_pair<Element>(block[2], block[3]);
+    for (int b = 0; b < r_tile.kColBlocks; ++b) {
+      const float(&block)[4] = r_tile.r[a][b];
+      uint32_t(&step)[4] = r_operand.r[a][b / 2];
+      step[b % 2 * 2] = ptx::convert_pair<Element>(block[0], block[1]);
+      step[b % 2 * 2 + 1] = ptx::convert_pair<Element>(block[2], block[3]);
     }
   }
   return r_operand;
+}
+
+// Writes an accumulator as elements into a shared tile, its first element at (row, col): multiples
+// of 8 and 16. Eight rows of one block are one pass over all banks.
+template <typename Element, int kTileRows, int kTileCols, int kRows, int kCols>
+FA_DEVICE void store_elements(const Accumulator<kRows, kCols>& r_tile,
+                              SmemTile<Element, kTileRows, kTileCols>& s_tile, int row, int col) {
+  using Tile = SmemTile<Element, kTileRows, kTileCols>;
+  const int first = Tile::offset(accumulator_row(0), accumulator_col(0, 0));
+#pragma unroll
+  for (int a = 0; a < r_tile.kRowBlocks; ++a) {
+#pragma unroll
+    for (int b = 0; b < r_tile.kColBlocks; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Element* s_pair = s_tile.elements + Tile::step(first, row + a * kBlockRows + half * 8,
+                                                       col + b * kBlockCols);
+        *reinterpret_cast<uint32_t*>(s_pair) =
+            ptx::convert_pair<Element>(r_tile.r[a][b][2 * half], r_tile.r[a][b][2 * half + 1]);
+      }
+    }
+  }
 }
 
 }  // namespace fa::device

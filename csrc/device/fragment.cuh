@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What the lanes of a warp hold of a matrix. The only file that knows lane arithmetic.
 //
-// Accumulator (16, kCols): register i of 8-column block b is the element at
-//   row = lane / 4 + 8 * (i / 2),  col = 8 * b + 2 * (lane % 4) + i % 2.
-// A thread so holds two rows, and the four lanes of a quad hold a row together. An A operand
-// (16, kDepth) has, per 16 columns, the registers of two such blocks in pairs of 16-bit elements; a
-// B operand (16, 8) is the transpose of an 8x16 half of that.
+// Accumulator (kRows, kCols): register i of 8-column block b of 16-row block a is the element at
+//   row = 16 * a + lane / 4 + 8 * (i / 2),  col = 8 * b + 2 * (lane % 4) + i % 2.
+// A thread so holds two rows of every 16, and the four lanes of a quad hold a row together. An A
+// operand (16, 16) has the registers of two such blocks in pairs of 16-bit elements; a B operand
+// (16, 8) is the transpose of an 8x16 half of that.
 #pragma once
 
 #include "device/smem.cuh"
@@ -13,10 +13,9 @@
 
 namespace fa::device {
 
-inline constexpr int kWarpRows = 16;  // rows of an accumulator and of an A operand
-inline constexpr int kBlockCols = 8;  // columns of one mma
-inline constexpr int kMmaDepth = 16;  // products summed by one mma
-inline constexpr int kRowsPerThread = 2;
+inline constexpr int kBlockRows = 16;  // rows of one mma
+inline constexpr int kBlockCols = 8;   // columns of one mma
+inline constexpr int kMmaDepth = 16;   // products summed by one mma
 
 FA_DEVICE int accumulator_row(int row_of_thread) {
   return ptx::lane_index() / 4 + 8 * row_of_thread;
@@ -39,23 +38,31 @@ FA_DEVICE float row_sum(float value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-template <int kColsOfTile>
+template <int kRowsOfTile, int kColsOfTile>
 struct Accumulator {
+  static constexpr int kRows = kRowsOfTile;
   static constexpr int kCols = kColsOfTile;
-  static constexpr int kBlocks = kCols / kBlockCols;
+  static constexpr int kRowBlocks = kRows / kBlockRows;
+  static constexpr int kColBlocks = kCols / kBlockCols;
+  static constexpr int kRowsPerThread = 2 * kRowBlocks;
+  static_assert(kRows % kBlockRows == 0 && kCols % (2 * kBlockCols) == 0);
 
-  float r[kBlocks][4];
+  // One value for each row that a thread holds.
+  using RowValues = float[kRowsPerThread];
 
-  static FA_DEVICE constexpr int row_of_thread(int i) { return i / 2; }
+  float r[kRowBlocks][kColBlocks][4];
 
-  // Replaces each element by map(element, row_of_thread, block, i).
+  // Replaces each element by map(element, row_of_thread, col_block, i).
   template <typename Map>
   FA_DEVICE void transform(Map&& map) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int a = 0; a < kRowBlocks; ++a) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        r[block][i] = map(r[block][i], row_of_thread(i), block, i);
+      for (int b = 0; b < kColBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          r[a][b][i] = map(r[a][b][i], 2 * a + i / 2, b, i);
+        }
       }
     }
   }
@@ -68,29 +75,19 @@ struct Accumulator {
     transform([&](float x, int, int, int) { return x * factor; });
   }
 
-  FA_DEVICE void scale_rows(const float (&factor)[kRowsPerThread]) {
+  FA_DEVICE void scale_rows(const RowValues& factor) {
     transform([&](float x, int row, int, int) { return x * factor[row]; });
   }
 };
 
-template <typename Element, int kDepth>
+// A operands of a (kRows, kDepth) matrix.
+template <typename Element, int kRows, int kDepth>
 struct OperandA {
-  uint32_t r[kDepth / kMmaDepth][4];
-
-  // Flips the sign bit of both elements of each register.
-  FA_DEVICE void negate() {
-#pragma unroll
-    for (auto& block : r) {
-#pragma unroll
-      for (uint32_t& pair : block) {
-        pair ^= 0x80008000u;
-      }
-    }
-  }
+  uint32_t r[kRows / kBlockRows][kDepth / kMmaDepth][4];
 };
 
-// The lanes' rows of 8x8 matrices for ldmatrix. The offset is that of the block at (0, 0) of a
-// tile. Blocks follow one another first down, then right,
+// The lanes' rows of 8x8 matrices for ldmatrix: where lane i points, relative to a 16x16 block.
+// Blocks of 8x8 follow one another first down, then right,
 template <typename Tile>
 FA_DEVICE int offset_down_first() {
   const int lane = ptx::lane_index();
@@ -104,12 +101,18 @@ FA_DEVICE int offset_right_first() {
   return Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
 }
 
-// In the three loads, `row` is a multiple of 8 and `col` of 16.
+// In the four loads, `row` is a multiple of 8 and `col` of 16.
 
-// The A operand at rows row .. row + 15, columns col .. col + 15.
+// The A operand at rows row .. row + 15, columns col .. col + 15 of a tile.
 template <typename Tile>
 FA_DEVICE void load_a(uint32_t (&r_a)[4], const Tile& s_tile, int row, int col) {
   ptx::ldmatrix_x4(r_a, s_tile.elements + Tile::step(offset_down_first<Tile>(), row, col));
+}
+
+// The A operand that is the transpose of rows row .. row + 15, columns col .. col + 15 of a tile.
+template <typename Tile>
+FA_DEVICE void load_a_of_transposed(uint32_t (&r_a)[4], const Tile& s_tile, int row, int col) {
+  ptx::ldmatrix_x4_trans(r_a, s_tile.elements + Tile::step(offset_right_first<Tile>(), row, col));
 }
 
 // Two B operands from a tile that holds B transposed: element (k, n) of B at (n, k) of the tile.

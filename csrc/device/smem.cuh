@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A (kRows, kCols) tile of 16-bit elements in shared memory, swizzled by 128 bytes: the columns are
-// cut into panels of 64 (one 128-byte line per row), and within a line the 16-byte unit u of row r
-// lies at u ^ (r % 8). Eight rows of one column block then lie in eight different bank groups, so
-// ldmatrix and the 16-byte copies have no bank conflicts.
+// A (kRows, kCols) tile of 16-bit elements in shared memory. The columns are cut into panels of 64
+// (or of 32 where kCols is no multiple of 64); a panel is kRows lines, and within it the 16-byte
+// units are permuted such that eight rows of one unit column lie in eight different bank groups:
+// ldmatrix and the 16-byte copies then have no bank conflicts.
 #pragma once
 
 #include "common/params.h"
@@ -22,18 +22,23 @@ struct GlobalTile {
   FA_DEVICE Element* at(int row, int col) const { return g_first + row * row_stride + col; }
 };
 
-// The rows first_row .. seqlen of (batch, head), as many of them as a tile takes.
+// The rows of (batch, head) of a sequence, from its row first_row on.
 template <typename Element>
-FA_DEVICE GlobalTile<Element> global_tile(const TensorView& view, int batch, int first_row,
-                                          int head, int seqlen, int head_dim) {
-  return {view.row<Element>(batch, first_row, head), view.row_stride, seqlen - first_row, head_dim};
+FA_DEVICE GlobalTile<Element> global_tile(const TensorView& view, const Sequence& sequence,
+                                          int batch, int first_row, int head, int head_dim) {
+  return {view.row<Element>(batch, sequence.begin + first_row, head), view.row_stride,
+          sequence.length - first_row, head_dim};
 }
 
-template <typename Element, int kRows, int kCols>
+template <typename Element, int kRowsOfTile, int kColsOfTile>
 struct SmemTile {
-  static constexpr int kPanelCols = 64;
+  static constexpr int kRows = kRowsOfTile;
+  static constexpr int kCols = kColsOfTile;
+  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kPanels = kCols / kPanelCols;
   static constexpr int kUnitElements = 16 / sizeof(Element);
-  static constexpr int kUnitsPerRow = kCols / kUnitElements;
+  static constexpr int kUnitsPerLine = kPanelCols / kUnitElements;
+  static constexpr int kBankGroups = 8;  // of 16 bytes
   static constexpr int kSwizzleRows = 8;
   static_assert(sizeof(Element) == 2 && kCols % kPanelCols == 0 && kRows % kSwizzleRows == 0);
 
@@ -42,7 +47,8 @@ struct SmemTile {
   static FA_HOST_DEVICE constexpr int offset(int row, int col) {
     const int panel = col / kPanelCols;
     const int unit = col % kPanelCols / kUnitElements;
-    return (panel * kRows + row) * kPanelCols + (unit ^ (row % kSwizzleRows)) * kUnitElements +
+    const int swizzle = row / (kBankGroups / kUnitsPerLine) % kUnitsPerLine;
+    return (panel * kRows + row) * kPanelCols + (unit ^ swizzle) * kUnitElements +
            col % kUnitElements;
   }
 
@@ -54,26 +60,55 @@ struct SmemTile {
     return (offset ^ (cols % kPanelCols)) + (cols / kPanelCols * kRows + rows) * kPanelCols;
   }
 
-  FA_DEVICE Element* at(int row, int col) { return elements + offset(row, col); }
+  // Visits the thread's share of the tile's 16-byte units as visit(element offset, row, col); the
+  // threads of the block share the tile so that neighbours have neighbouring units of a line.
+  template <int kThreads, typename Visit>
+  static FA_DEVICE void for_each_unit(Visit&& visit) {
+    constexpr int kLinesPerStep = kThreads / kUnitsPerLine;
+    static_assert(kThreads % kUnitsPerLine == 0 && kLinesPerStep % kSwizzleRows == 0);
+    const int row = static_cast<int>(threadIdx.x) / kUnitsPerLine;
+    const int col = static_cast<int>(threadIdx.x) % kUnitsPerLine * kUnitElements;
+    const int first = offset(row, col);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+      for (int below = 0; below < kRows; below += kLinesPerStep) {
+        if (kRows % kLinesPerStep == 0 || row + below < kRows) {
+          visit(step(first, below, panel * kPanelCols), row + below, col + panel * kPanelCols);
+        }
+      }
+    }
+  }
 
-  // Begins to copy the tile, by all kThreads of the block; ends with cp_async_wait_all and a
+  // Begins to copy the tile, by all kThreads of the block; ends with a wait for cp.async and a
   // barrier. Rows and columns that do not exist become zero, so that whatever lies there in global
   // memory, NaN included, is never multiplied.
   template <int kThreads>
   FA_DEVICE void load_async(const GlobalTile<Element>& source) {
-    constexpr int kRowsPerStep = kThreads / kUnitsPerRow;
-    static_assert(kThreads % kUnitsPerRow == 0 && kRows % kRowsPerStep == 0 &&
-                  kRowsPerStep % kSwizzleRows == 0);
-    const int row = static_cast<int>(threadIdx.x) / kUnitsPerRow;
-    const int col = static_cast<int>(threadIdx.x) % kUnitsPerRow * kUnitElements;
-    const int first = offset(row, col);
-    const int rows = col < source.cols ? source.rows - row : 0;
-    const Element* g_unit = source.at(row, col);
-#pragma unroll
-    for (int below = 0; below < kRows; below += kRowsPerStep) {
-      ptx::cp_async_16(elements + step(first, below, 0), g_unit, below < rows);
-      g_unit += kRowsPerStep * source.row_stride;
-    }
+    for_each_unit<kThreads>([&](int unit, int row, int col) {
+      ptx::cp_async_16(elements + unit, source.at(row, col), row < source.rows && col < source.cols);
+    });
+  }
+
+  // Flips the signs of what this thread loaded.
+  template <int kThreads>
+  FA_DEVICE void negate() {
+    for_each_unit<kThreads>([&](int unit, int, int) {
+      uint4& bits = *reinterpret_cast<uint4*>(elements + unit);
+      constexpr uint32_t kSigns = 0x80008000u;
+      bits = {bits.x ^ kSigns, bits.y ^ kSigns, bits.z ^ kSigns, bits.w ^ kSigns};
+    });
+  }
+
+  // Copies the tile to global memory, by all kThreads of the block.
+  template <int kThreads>
+  FA_DEVICE void store(const GlobalTile<Element>& destination) const {
+    for_each_unit<kThreads>([&](int unit, int row, int col) {
+      if (row < destination.rows && col < destination.cols) {
+        *reinterpret_cast<uint4*>(destination.at(row, col)) =
+            *reinterpret_cast<const uint4*>(elements + unit);
+      }
+    });
   }
 };
 

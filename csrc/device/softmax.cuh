@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Softmax over keys that arrive tile by tile. For each row it keeps m = the largest score so far
-// and l = sum of exp(scale * (score - m)); a new tile may raise m, and what was summed before is
-// then multiplied by the returned factor. A masked score is -inf. A row that has seen only masked
-// scores has m = -inf and l = 0, and -inf - -inf, which is NaN, is never formed.
+// Softmax over keys that arrive tile by tile. For each row it keeps a base m near the largest score
+// so far and l = sum of exp(scale * (score - m)). A masked score is -inf. A row that has seen only
+// masked scores has m = -inf and l = 0, and -inf - -inf, which is NaN, is never formed.
+//
+// m is raised only when a score exceeds it by more than kSlack octaves. Until then p is at most
+// 2^kSlack instead of 1, which costs no precision in floating point and cancels in the division by
+// l; and what was summed before, which would have to be rescaled, stays as it is.
 #pragma once
 
 #include <cmath>
@@ -12,8 +15,11 @@
 
 namespace fa::device {
 
+template <int kRowsPerThread>
 class OnlineSoftmax {
  public:
+  using RowValues = float[kRowsPerThread];
+
   // The scores are multiplied by exp2's share of the scale inside one fma; the scale must be > 0.
   explicit FA_DEVICE OnlineSoftmax(float softmax_scale) : scale_log2_(softmax_scale * kLog2E) {
 #pragma unroll
@@ -23,23 +29,33 @@ class OnlineSoftmax {
     }
   }
 
-  // Turns raw scores into exp(scale * (score - m)); `rescale` is the factor of earlier tiles.
-  template <int kCols>
-  FA_DEVICE void update(Accumulator<kCols>& r_scores, float (&rescale)[kRowsPerThread]) {
-    float new_max[kRowsPerThread] = {max_[0], max_[1]};
+  // Turns raw scores into exp(scale * (score - m)). True if the warp must multiply what it summed
+  // from earlier tiles by `rescale`.
+  template <typename Scores>
+  FA_DEVICE bool update(Scores& r_scores, RowValues& rescale) {
+    static_assert(Scores::kRowsPerThread == kRowsPerThread);
+    RowValues tile_max;
+#pragma unroll
+    for (float& max : tile_max) {
+      max = -INFINITY;
+    }
     r_scores.transform([&](float score, int row, int, int) {
-      new_max[row] = fmaxf(new_max[row], score);
+      tile_max[row] = fmaxf(tile_max[row], score);
       return score;
     });
 
-    float base[kRowsPerThread];
+    RowValues base;
+    bool raised = false;
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
-      new_max[row] = row_max(new_max[row]);
-      base[row] = base_of(new_max[row]);
-      rescale[row] = ptx::exp2_approx(fmaf(max_[row], scale_log2_, -base[row]));
-      max_[row] = new_max[row];
+      const float largest = row_max(tile_max[row]);
+      const float before = max_[row];
+      const bool raise = (largest - before) * scale_log2_ > kSlack;
+      max_[row] = raise ? largest : before;
+      base[row] = base_of(max_[row]);
+      rescale[row] = raise ? ptx::exp2_approx(fmaf(before, scale_log2_, -base[row])) : 1.0f;
       sum_[row] *= rescale[row];
+      raised |= raise;
     }
 
     r_scores.transform([&](float score, int row, int, int) {
@@ -47,10 +63,11 @@ class OnlineSoftmax {
       sum_[row] += p;  // of this thread's columns; finalize adds the quad's
       return p;
     });
+    return __any_sync(~0u, raised);
   }
 
   // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.
-  FA_DEVICE void finalize(float (&lse)[kRowsPerThread], float (&normalizer)[kRowsPerThread]) const {
+  FA_DEVICE void finalize(RowValues& lse, RowValues& normalizer) const {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       const float sum = row_sum(sum_[row]);
@@ -61,21 +78,14 @@ class OnlineSoftmax {
   }
 
  private:
+  static constexpr float kSlack = 8.0f;
+
   // What exponents are measured from: m in units of log2, and any finite number where m = -inf.
   FA_DEVICE float base_of(float max) const { return max == -INFINITY ? 0.0f : max * scale_log2_; }
 
   float scale_log2_;
-  float max_[kRowsPerThread];
-  float sum_[kRowsPerThread];
+  RowValues max_;
+  RowValues sum_;
 };
-
-// log2-domain LSE with which p = exp2(scale_log2 * score - lse_log2). A row that sees no key has
-// lse = -inf; +inf in its place makes every p of the row exactly 0.
-FA_DEVICE float lse_to_log2(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2E; }
-
-// p * (dp - delta), the gradient of the scaled score; 0 where p is, whatever dp and delta are.
-FA_DEVICE float softmax_gradient(float p, float dp, float delta) {
-  return p == 0.0f ? 0.0f : p * (dp - delta);
-}
 
 }  // namespace fa::device

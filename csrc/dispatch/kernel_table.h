@@ -20,28 +20,40 @@ struct KernelConfig {
   Dtype dtype;
   int head_dim;   // the largest this row runs; a smaller one is zero-filled in shared memory
   MaskMode mask;  // a kWindow row runs full attention too
-  int tile_m;     // queries; in a CUDA backward, rows that pass by a block at a time
-  int tile_n;     // keys; in a CUDA backward, rows that a block owns
+  int tile_m;     // queries
+  int tile_n;     // keys
   int warps;      // of a thread block; 0 on the CPU
+  int stages;     // tiles in flight of what passes by: keys in forward, queries in backward
+  int blocks;     // thread blocks that share a multiprocessor
 
   constexpr int threads() const { return 32 * warps; }
 
-  // Dynamic shared memory of a thread block: tiles of q, k, v; backward of q, dout, k, v and, where
-  // queries pass by, their lse and delta.
+  // Dynamic shared memory of a thread block. Forward: tiles of q, k, v. Backward: k, v, q, dout, the
+  // rows' statistics (float lse and delta), and p and ds on their way from warp to warp.
   constexpr int64_t smem_bytes() const {
     if (family == Family::kCpu) {
       return 0;
     }
-    const int64_t rows = pass == Pass::kForward ? tile_m + 2 * tile_n : 2 * tile_m + 2 * tile_n;
     const int64_t element_bytes = 2;
-    const int64_t statistics = pass == Pass::kForward ? 0 : 2 * tile_m;
-    return rows * head_dim * element_bytes + statistics * static_cast<int64_t>(sizeof(float));
+    if (pass == Pass::kForward) {
+      return (tile_m + 2 * stages * tile_n) * head_dim * element_bytes;
+    }
+    return (2 * tile_n + 2 * stages * tile_m) * head_dim * element_bytes +
+           stages * 2 * tile_m * int64_t{sizeof(float)} + 2 * tile_m * tile_n * element_bytes;
   }
 
-  // For example flash_fwd_sm80_bfloat16_d64_window.
+  // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
+  // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.
+  constexpr bool fits(int64_t smem_opt_in) const {
+    constexpr int64_t kReserved = 1024;
+    return blocks * (smem_bytes() + kReserved) <= smem_opt_in + kReserved;
+  }
+
+  // For example flash_fwd_sm80_bfloat16_d64_window_128x64x2.
   std::string name() const {
     return std::string("flash_") + name_of(pass) + "_" + name_of(family) + "_" + name_of(dtype) +
-           "_d" + std::to_string(head_dim) + "_" + name_of(mask);
+           "_d" + std::to_string(head_dim) + "_" + name_of(mask) + "_" + std::to_string(tile_m) +
+           "x" + std::to_string(tile_n) + "x" + std::to_string(stages);
   }
 };
 
@@ -54,34 +66,96 @@ using enum MaskMode;
 
 // clang-format off
 inline constexpr KernelConfig kRows[] = {
-  // family  pass       dtype     head_dim  mask  tile_m tile_n warps
-  {kSm80, kForward,  kBFloat16,  64, kFull,    64,  64, 4},
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  64,  64, 4},
-  {kSm80, kForward,  kFloat16,   64, kFull,    64,  64, 4},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  64,  64, 4},
-  {kSm80, kForward,  kBFloat16, 128, kFull,    64,  64, 4},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  64,  64, 4},
-  {kSm80, kForward,  kFloat16,  128, kFull,    64,  64, 4},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  64,  64, 4},
+  // family  pass       dtype     head_dim  mask  tile_m tile_n warps stages blocks
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2, 2},
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2, 3},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2, 3},
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 1, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,  128,  4, 1, 2},
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 1, 3},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 1, 3},
+  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 2, 2},
+  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 2, 2},
+  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 1, 2},
+  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 1, 2},
+  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 1, 1},
+  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 1, 1},
+  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 2, 2},
+  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 2, 2},
+  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 1, 2},
+  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 1, 2},
+  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  8, 2, 1},
+  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  8, 2, 1},
+  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 1, 1},
+  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 1, 1},
+  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 2, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 2, 1},
+  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 1, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 1, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 2, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 2, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 1, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 1, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,   64,   64,  4, 1, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,   64,   64,  4, 1, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   32,  8, 1, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow,   64,   32,  8, 1, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   32,  4, 1, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow,   32,   32,  4, 1, 1},
 
-  {kSm80, kBackward, kBFloat16,  64, kFull,    64,  64, 4},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,  64,  64, 4},
-  {kSm80, kBackward, kFloat16,   64, kFull,    64,  64, 4},
-  {kSm80, kBackward, kFloat16,   64, kWindow,  64,  64, 4},
-  {kSm80, kBackward, kBFloat16, 128, kFull,    32,  64, 4},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,  32,  64, 4},
-  {kSm80, kBackward, kFloat16,  128, kFull,    32,  64, 4},
-  {kSm80, kBackward, kFloat16,  128, kWindow,  32,  64, 4},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 2, 3},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 2, 3},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,  128,   64,  4, 1, 2},
+  {kSm80, kBackward, kFloat16,   64, kWindow,  128,   64,  4, 1, 2},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,  128,  8, 2, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,  128,  8, 2, 1},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,  128,  128,  8, 1, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,  128,  128,  8, 1, 1},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 1, 3},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 1, 3},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 1, 2},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 1, 2},
+  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 2, 2},
+  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 2, 2},
+  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 1, 2},
+  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 1, 2},
+  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 1, 1},
+  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 1, 1},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 2, 2},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 2, 2},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 1, 2},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 1, 2},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,  128,  8, 2, 1},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   64,  128,  8, 2, 1},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 1, 1},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 1, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 2, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 2, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 1, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 1, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   64,  8, 1, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow,   32,   64,  8, 1, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 2, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow,   64,   64,  8, 2, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 1, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow,   64,   64,  8, 1, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow,   32,   32,  4, 1, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow,   32,   32,  4, 1, 1},
+  {kSm80, kBackward, kBFloat16, 512, kWindow,   32,   32,  8, 1, 1},
+  {kSm80, kBackward, kFloat16,  512, kWindow,   32,   32,  8, 1, 1},
+  {kSm80, kBackward, kBFloat16, 512, kWindow,   16,   32,  8, 1, 1},
+  {kSm80, kBackward, kFloat16,  512, kWindow,   16,   32,  8, 1, 1},
 
-  {kCpu,  kForward,  kFloat32,  512, kWindow,  64,  64, 0},
-  {kCpu,  kForward,  kBFloat16, 512, kWindow,  64,  64, 0},
-  {kCpu,  kForward,  kFloat16,  512, kWindow,  64,  64, 0},
-  {kCpu,  kForward,  kFloat64,  512, kWindow,  64,  64, 0},
+  {kCpu,  kForward,  kFloat32,  512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kForward,  kBFloat16, 512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kForward,  kFloat16,  512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kForward,  kFloat64,  512, kWindow,   64,   64, 0, 0, 0},
 
-  {kCpu,  kBackward, kFloat32,  512, kWindow,  64,  64, 0},
-  {kCpu,  kBackward, kBFloat16, 512, kWindow,  64,  64, 0},
-  {kCpu,  kBackward, kFloat16,  512, kWindow,  64,  64, 0},
-  {kCpu,  kBackward, kFloat64,  512, kWindow,  64,  64, 0},
+  {kCpu,  kBackward, kFloat32,  512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kBackward, kBFloat16, 512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kBackward, kFloat16,  512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kBackward, kFloat64,  512, kWindow,   64,   64, 0, 0, 0},
 };
 // clang-format on
 
@@ -103,18 +177,8 @@ constexpr void for_each_row(Visitor&& visit) {
   }
 }
 
-// The smallest opt-in shared memory of a block on any GPU that the family runs on (compute
-// capability 8.6).
-inline constexpr int64_t kSmallestSmemOptIn = 99 * 1024;
-
-constexpr bool all_rows_fit() {
-  for (const KernelConfig& config : table::kRows) {
-    if (config.smem_bytes() > kSmallestSmemOptIn) {
-      return false;
-    }
-  }
-  return true;
-}
-static_assert(all_rows_fit());
+// The most shared memory of a block on the GPUs that the sm80 family runs on, smallest first:
+// compute capability 8.6, 8.9, 12.0; 8.0 and 8.7; 9.0 and 10.0.
+inline constexpr int64_t kSmemOptIns[] = {99 * 1024, 163 * 1024, 227 * 1024};
 
 }  // namespace fa

@@ -10,7 +10,7 @@ inline constexpr int kCpAsyncBytes = 16;
 
 // Copies 16 bytes past L1, or writes 16 zero bytes and reads nothing where !read.
 // PTX ISA, "Data Movement and Conversion Instructions: cp.async".
-FA_DEVICE void cp_async_16(void* s_destination, const void* g_source, bool read) {
+FA_DEVICE void cp_async_16(void* s_destination, const void* g_source, bool read = true) {
   asm volatile(
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(s_destination)),
       "l"(g_source), "r"(read ? kCpAsyncBytes : 0)

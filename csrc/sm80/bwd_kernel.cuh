@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Backward, after support/bwd_preprocess: with p = exp(scale * q k^T - lse), dp = dout v^T and
+// Backward, after support/bwd_preprocess. With p = exp(scale * q k^T - lse), dp = dout v^T and
 // ds = p * (dp - delta),
-//   flash_bwd_dkdv_sm80:  dv = p^T dout,  dk = scale * ds^T q   (block: one tile of keys),
-//   flash_bwd_dq_sm80:    dq = scale * ds k                     (block: one tile of queries).
+//   dv = p^T dout,  dk = scale * ds^T q,  dq = scale * ds k.
+// A block owns a tile of keys of one head of keys and values, and walks the tiles of queries that
+// see them, of every head of queries that shares those keys: dk and dv are its accumulators, and its
+// share of dq is added to sums in global memory, which flash_bwd_dq_sm80 then writes out.
 //
-// Each kernel computes p and ds in the orientation in which its own rows are the rows of the
-// accumulators, 16 per warp: p^T and ds^T for dk and dv, ds for dq. They then are A operands
-// without leaving the lane: no exchange through shared memory, no atomics, and one fixed order of
-// summation, so the result is deterministic. The price is that scores and dp are computed twice.
-// Barriers: one before the streamed tiles are overwritten, one after they have arrived.
+// p and ds pass through shared memory, since each warp needs, for dv, dk and dq, what others
+// computed. Two barriers per tile of queries:
+//   top:    q, dout and statistics(i) have arrived, and every warp is done with tile i - 1
+//   middle: p and ds are written
+// With one stage there is no room to load tile i + 1 under tile i, and a third barrier at the very
+// top lets all warps leave tile i - 1 before tile i is loaded over it.
+//
+// Deterministic: blocks take their work in the order in which they begin, which is by tiles of keys,
+// and add to a tile of dq in that order. A block so waits only for blocks that began before it.
 #pragma once
 
 #include "common/params.h"
@@ -16,95 +22,148 @@
 #include "device/convert.cuh"
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
-#include "device/softmax.cuh"
-#include "device/warp_mma.cuh"
+#include "device/work_order.cuh"
 #include "sm80/traits.h"
 
 namespace fa::sm80 {
 
-template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    flash_bwd_dkdv_sm80(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
-  using Element = typename Traits::Element;
-  constexpr int kOwned = Traits::kOwned;        // keys of the block's tile
-  constexpr int kStreamed = Traits::kStreamed;  // queries that pass by at a time
-  constexpr int kThreads = Traits::kThreads;
-  constexpr MaskMode kMask = Traits::kMask;
+// ds; 0 where p is, whatever dp and delta are.
+FA_DEVICE float softmax_gradient(float p, float dp, float delta) {
+  return p == 0.0f ? 0.0f : p * (dp - delta);
+}
 
-  auto& s = device::shared_memory<typename Traits::DkdvSharedMemory>();
+// A tile's statistics are contiguous in global memory, lse first.
+template <int kThreads, typename Statistics>
+FA_DEVICE void load_statistics(Statistics& s_statistics, const float* g_statistics) {
+  constexpr int kFloatsPerCopy = ptx::kCpAsyncBytes / sizeof(float);
+  constexpr int kCopies = sizeof(Statistics) / ptx::kCpAsyncBytes;
+  static_assert(kCopies <= kThreads);
+  const int first = static_cast<int>(threadIdx.x) * kFloatsPerCopy;
+  if (threadIdx.x < kCopies) {
+    ptx::cp_async_16(s_statistics.lse_log2 + first, g_statistics + first);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    flash_bwd_sm80(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
+  using Element = typename Traits::Element;
+  using ScoreGrid = typename Traits::ScoreGrid;
+  using KeyGrid = typename Traits::KeyGrid;
+  using QueryGrid = typename Traits::QueryGrid;
+  constexpr int kTileM = Traits::kTileM;
+  constexpr int kTileN = Traits::kTileN;
+  constexpr int kThreads = Traits::kThreads;
+  constexpr int kStages = Traits::kStages;
+
+  auto& s = device::shared_memory<typename Traits::SharedMemory>();
   const Shape& shape = params.shape;
-  const WindowMask& window = params.window;
+  const BwdWorkspace& workspace = params.workspace;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = softmax_scale * kLog2E;
-  const int warp_row = ptx::warp_index() * device::kWarpRows;
 
-  for (int64_t work = blockIdx.x; work < scheduler.count(); work += gridDim.x) {
-    const WorkTile tile = scheduler.at(work);  // tile.head is a head of keys and values
-    const int first_key = tile.tile * kOwned;
-    const Range keys = {first_key, min(first_key + kOwned, shape.seqlen_k)};
-    const Range queries = device::queries_seeing_any<kMask>(window, keys);
-    const Range unmasked_queries = device::queries_seeing_all<kMask>(window, keys);
+  device::WorkQueue work(scheduler, workspace);
+  for (WorkTile tile; work.next(tile);) {  // tile.head is a head of keys and values
+    const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
+    const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
+    const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
+    const int first_key = tile.tile * kTileN;
+    if (first_key >= sequence_k.length) {
+      continue;
+    }
+    const Range keys = {first_key, first_key + kTileN};
+    const Range queries = window.queries_seeing_any(keys);
+    const Range unmasked_queries = window.queries_seeing_all(keys);
+    const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
     const auto key_rows = [&](const TensorView& view) {
-      return device::global_tile<Element>(view, tile.batch, first_key, tile.head, shape.seqlen_k,
+      return device::global_tile<Element>(view, sequence_k, tile.batch, first_key, tile.head,
                                           shape.head_dim);
     };
     s.k.template load_async<kThreads>(key_rows(params.k));
     s.v.template load_async<kThreads>(key_rows(params.v));
 
-    device::Accumulator<Traits::kHeadDim> r_dk;  // (16, head_dim), without softmax_scale
-    device::Accumulator<Traits::kHeadDim> r_dv;  // (16, head_dim)
+    const auto load_queries = [&](const QueryTile& at, int stage) {
+      const auto query_rows = [&](const TensorView& view) {
+        return device::global_tile<Element>(view, sequence_q, tile.batch, at.tile * kTileM, at.head,
+                                            shape.head_dim);
+      };
+      s.queries[stage].q.template load_async<kThreads>(query_rows(params.q));
+      s.queries[stage].dout.template load_async<kThreads>(query_rows(params.dout));
+      load_statistics<kThreads>(
+          s.statistics[stage], workspace.lse_log2(workspace.index(at.head, first_tile + at.tile)));
+    };
+
+    typename KeyGrid::Sum r_dk;  // without softmax_scale
+    typename KeyGrid::Sum r_dv;
     r_dk.clear();
     r_dv.clear();
 
-    const int first_head = tile.head * shape.group_size();
-    for (int head = first_head; head < first_head + shape.group_size(); ++head) {
-      const int64_t statistics = shape.row_statistics_offset(tile.batch, head);
-      const float* g_lse = static_cast<const float*>(params.softmax_lse) + statistics;
-      const float* g_delta = static_cast<const float*>(params.delta) + statistics;
-
-      for (int first_query = queries.begin / kStreamed * kStreamed; first_query < queries.end;
-           first_query += kStreamed) {
-        const auto query_rows = [&](const TensorView& view) {
-          return device::global_tile<Element>(view, tile.batch, first_query, head, shape.seqlen_q,
-                                              shape.head_dim);
-        };
+    QueryTiles tiles(queries, kTileM, tile.head * shape.group_size(), shape.group_size());
+    if (kStages == 2 && !tiles.done()) {
+      load_queries(tiles.current(), 0);
+    }
+    int stage = 0;
+    while (!tiles.done()) {
+      const QueryTile at = tiles.current();
+      tiles.advance();
+      if constexpr (kStages == 1) {
         __syncthreads();
-        s.q.template load_async<kThreads>(query_rows(params.q));
-        s.dout.template load_async<kThreads>(query_rows(params.dout));
-        // Queries past the end get the LSE of a row that sees no key: their p is 0.
-        for (int i = threadIdx.x; i < kStreamed; i += kThreads) {
-          const bool exists = first_query + i < shape.seqlen_q;
-          s.lse_log2[i] = device::lse_to_log2(exists ? g_lse[first_query + i] : -INFINITY);
-          s.delta[i] = exists ? g_delta[first_query + i] : 0.0f;
-        }
-        ptx::cp_async_wait_all();
-        __syncthreads();
+        load_queries(at, 0);
+      }
+      ptx::cp_async_wait_all();
+      __syncthreads();
+      if (kStages == 2 && !tiles.done()) {
+        load_queries(tiles.current(), stage ^ 1);
+      }
+      const auto& s_q = s.queries[stage].q;
+      const auto& s_dout = s.queries[stage].dout;
+      const auto& s_statistics = s.statistics[stage];
+      const int first_query = at.tile * kTileM;
+      const int row = ScoreGrid::row();
+      const int col = ScoreGrid::col();
 
-        device::Accumulator<kStreamed> r_p;  // p^T (16, streamed)
-        r_p.clear();
-        device::accumulate_abt(r_p, s.k, warp_row, s.q);
-        r_p.transform([&](float score, int, int block, int i) {
-          const int query = device::accumulator_col(block, i);
-          return ptx::exp2_approx(fmaf(score, scale_log2, -s.lse_log2[query]));
+      typename ScoreGrid::Sum r_p;
+      r_p.clear();
+      device::accumulate_abt(r_p, s_q, row, s.k, col);
+      r_p.transform([&](float score, int i, int, int) {
+        const float lse_log2 = s_statistics.lse_log2[row + device::accumulator_row(i)];
+        return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
+      });
+      const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
+      if (!device::covers(unmasked_queries, tile_queries)) {
+        device::keep_visible(r_p, first_query + row, first_key + col, 0.0f, [&](int query) {
+          return window.keys_seen_by_any({query, query + 1});
         });
-        // Keys past the end need no mask: they are rows of the accumulators that are not stored.
-        if (!device::covers(unmasked_queries,
-                            {first_query, min(first_query + kStreamed, shape.seqlen_q)})) {
-          device::keep_visible(r_p, first_key + warp_row, first_query, 0.0f, [&](int key) {
-            return device::queries_seeing_any<kMask>(window, {key, key + 1});
-          });
-        }
-        device::accumulate_ab(r_dv, device::to_operand<Element>(r_p), s.dout);
+      }
 
-        device::Accumulator<kStreamed> r_ds;  // dp^T, then ds^T (16, streamed)
-        r_ds.clear();
-        device::accumulate_abt(r_ds, s.v, warp_row, s.dout);
-        r_ds.transform([&](float dp, int, int block, int i) {
-          const int query = device::accumulator_col(block, i);
-          return device::softmax_gradient(r_p.r[block][i], dp, s.delta[query]);
-        });
-        device::accumulate_ab(r_dk, device::to_operand<Element>(r_ds), s.q);
+      typename ScoreGrid::Sum r_ds;  // dp, then ds
+      r_ds.clear();
+      device::accumulate_abt(r_ds, s_dout, row, s.v, col);
+      r_ds.transform([&](float dp, int i, int block, int j) {
+        const float delta = s_statistics.delta[row + device::accumulator_row(i)];
+        return softmax_gradient(r_p.r[i / 2][block][j], dp, delta);
+      });
+      if (ScoreGrid::leads()) {
+        device::store_elements(r_p, s.p, row, col);
+        device::store_elements(r_ds, s.ds, row, col);
+      }
+      __syncthreads();
+
+      typename QueryGrid::Sum r_dq;
+      r_dq.clear();
+      device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, QueryGrid::col());
+      const int64_t index = workspace.index(at.head, first_tile + at.tile);
+      device::InTurn in_turn(workspace, index, [&] {
+        return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
+      });
+      QueryGrid::add(workspace.dq_sum(index), r_dq);
+      in_turn.end();
+
+      device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
+      device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
+      if constexpr (kStages == 2) {
+        stage ^= 1;
       }
     }
 
@@ -112,97 +171,45 @@ __global__ void __launch_bounds__(Traits::kThreads)
     ptx::cp_async_wait_all();
     __syncthreads();
     r_dk.scale(softmax_scale);
-    device::store_rows(r_dk, s.k, warp_row, key_rows(params.dk));
-    device::store_rows(r_dv, s.v, warp_row, key_rows(params.dv));
+    if (KeyGrid::leads()) {
+      device::store_elements(r_dk, s.k, KeyGrid::row(), KeyGrid::col());
+      device::store_elements(r_dv, s.v, KeyGrid::row(), KeyGrid::col());
+    }
+    __syncthreads();
+    s.k.template store<kThreads>(key_rows(params.dk));
+    s.v.template store<kThreads>(key_rows(params.dv));
     __syncthreads();  // the next work item overwrites the shared tiles
   }
 }
 
+// dq = softmax_scale * (its sums), one tile of queries of one head per block.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     flash_bwd_dq_sm80(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
   using Element = typename Traits::Element;
-  constexpr int kOwned = Traits::kOwned;        // queries of the block's tile
-  constexpr int kStreamed = Traits::kStreamed;  // keys that pass by at a time
+  using QueryGrid = typename Traits::QueryGrid;
   constexpr int kThreads = Traits::kThreads;
-  constexpr MaskMode kMask = Traits::kMask;
 
-  auto& s = device::shared_memory<typename Traits::DqSharedMemory>();
-  const Shape& shape = params.shape;
-  const WindowMask& window = params.window;
-  const float softmax_scale = static_cast<float>(params.softmax_scale);
-  const float scale_log2 = softmax_scale * kLog2E;
-  const int warp_row = ptx::warp_index() * device::kWarpRows;
-
+  auto& s_dq = device::shared_memory<typename Traits::template Rows<Traits::kTileM>>();
   for (int64_t work = blockIdx.x; work < scheduler.count(); work += gridDim.x) {
     const WorkTile tile = scheduler.at(work);
-    const int head_kv = tile.head / shape.group_size();
-    const int first_query = tile.tile * kOwned;
-    const Range queries = {first_query, min(first_query + kOwned, shape.seqlen_q)};
-    const Range keys = device::keys_seen_by_any<kMask>(window, queries);
-    const Range unmasked_keys = device::keys_seen_by_all<kMask>(window, queries);
-
-    const auto query_rows = [&](const TensorView& view) {
-      return device::global_tile<Element>(view, tile.batch, first_query, tile.head, shape.seqlen_q,
-                                          shape.head_dim);
-    };
-    s.q.template load_async<kThreads>(query_rows(params.q));
-    s.dout.template load_async<kThreads>(query_rows(params.dout));
-
-    const int64_t statistics = shape.row_statistics_offset(tile.batch, tile.head);
-    float lse_log2[device::kRowsPerThread];
-    float delta[device::kRowsPerThread];
-    device::load_row_values(lse_log2, static_cast<const float*>(params.softmax_lse) + statistics,
-                            first_query + warp_row, shape.seqlen_q, -INFINITY);
-    device::load_row_values(delta, static_cast<const float*>(params.delta) + statistics,
-                            first_query + warp_row, shape.seqlen_q, 0.0f);
-#pragma unroll
-    for (float& lse : lse_log2) {
-      lse = device::lse_to_log2(lse);
+    const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
+    const int first_query = tile.tile * Traits::kTileM;
+    if (first_query >= sequence.length) {
+      continue;
     }
-
-    device::Accumulator<Traits::kHeadDim> r_dq;  // (16, head_dim), without softmax_scale
-    r_dq.clear();
-
-    for (int first_key = keys.begin / kStreamed * kStreamed; first_key < keys.end;
-         first_key += kStreamed) {
-      const auto key_rows = [&](const TensorView& view) {
-        return device::global_tile<Element>(view, tile.batch, first_key, head_kv, shape.seqlen_k,
-                                            shape.head_dim);
-      };
-      __syncthreads();
-      s.k.template load_async<kThreads>(key_rows(params.k));
-      s.v.template load_async<kThreads>(key_rows(params.v));
-      ptx::cp_async_wait_all();
-      __syncthreads();
-
-      device::Accumulator<kStreamed> r_p;  // (16, streamed)
-      r_p.clear();
-      device::accumulate_abt(r_p, s.q, warp_row, s.k);
-      r_p.transform([&](float score, int row, int, int) {
-        return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2[row]));
-      });
-      if (!device::covers(unmasked_keys, {first_key, first_key + kStreamed})) {
-        device::keep_visible(r_p, first_query + warp_row, first_key, 0.0f, [&](int query) {
-          return device::keys_seen_by_any<kMask>(window, {query, query + 1});
-        });
-      }
-
-      device::Accumulator<kStreamed> r_ds;  // dp, then ds (16, streamed)
-      r_ds.clear();
-      device::accumulate_abt(r_ds, s.dout, warp_row, s.v);
-      r_ds.transform([&](float dp, int row, int block, int i) {
-        return device::softmax_gradient(r_p.r[block][i], dp, delta[row]);
-      });
-      device::accumulate_ab(r_dq, device::to_operand<Element>(r_ds), s.k);
-    }
-
-    // Where these queries see no key, the copies of q and dout are still under way here.
-    ptx::cp_async_wait_all();
+    const int64_t first_tile =
+        params.queries.first_tile(tile.batch, params.shape.seqlen_q, Traits::kTileM);
+    typename QueryGrid::Sum r_dq;
+    QueryGrid::load(
+        params.workspace.dq_sum(params.workspace.index(tile.head, first_tile + tile.tile)), r_dq);
+    r_dq.scale(static_cast<float>(params.softmax_scale));
+    device::store_elements(r_dq, s_dq, QueryGrid::row(), QueryGrid::col());
     __syncthreads();
-    r_dq.scale(softmax_scale);
-    device::store_rows(r_dq, s.q, warp_row, query_rows(params.dq));
-    __syncthreads();  // the next work item overwrites the shared tiles
+    s_dq.template store<kThreads>(
+        device::global_tile<Element>(params.dq, sequence, tile.batch, first_query, tile.head,
+                                     params.shape.head_dim));
+    __syncthreads();  // the next work item overwrites the shared tile
   }
 }
 

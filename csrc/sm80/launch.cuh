@@ -22,17 +22,20 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
 }
 
 template <typename Traits>
+constexpr int64_t kDqSmemBytes = sizeof(typename Traits::template Rows<Traits::kTileM>);
+
+template <typename Traits>
 void launch_backward(const BwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
-  support::launch<flash_bwd_dkdv_sm80<Traits>>(
-      "flash_bwd_dkdv_sm80", params,
-      TileScheduler{ceil_div(shape.seqlen_k, Traits::kOwned), shape.num_heads_kv, shape.batch},
-      Traits::kThreads, sizeof(typename Traits::DkdvSharedMemory), context.stream);
+  support::launch<flash_bwd_sm80<Traits>>(
+      "flash_bwd_sm80", params,
+      TileScheduler{ceil_div(shape.seqlen_k, Traits::kTileN), shape.num_heads_kv, shape.batch},
+      Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
   support::launch<flash_bwd_dq_sm80<Traits>>(
       "flash_bwd_dq_sm80", params,
-      TileScheduler{ceil_div(shape.seqlen_q, Traits::kOwned), shape.num_heads, shape.batch},
-      Traits::kThreads, sizeof(typename Traits::DqSharedMemory), context.stream);
+      TileScheduler{ceil_div(shape.seqlen_q, Traits::kTileM), shape.num_heads, shape.batch},
+      Traits::kThreads, kDqSmemBytes<Traits>, context.stream);
 }
 
 template <typename Traits>
@@ -43,8 +46,8 @@ KernelResources forward_resources() {
 template <typename Traits>
 KernelResources backward_resources() {
   return support::larger(
-      support::resources_of(flash_bwd_dkdv_sm80<Traits>, sizeof(typename Traits::DkdvSharedMemory)),
-      support::resources_of(flash_bwd_dq_sm80<Traits>, sizeof(typename Traits::DqSharedMemory)));
+      support::resources_of(flash_bwd_sm80<Traits>, sizeof(typename Traits::SharedMemory)),
+      support::resources_of(flash_bwd_dq_sm80<Traits>, kDqSmemBytes<Traits>));
 }
 
 // Registers every row of the table with this pass and head_dim when the library is loaded.

@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "device/fragment.cuh"
 #include "device/smem.cuh"
+#include "device/warp_mma.cuh"
 #include "dispatch/kernel_table.h"
 
 namespace fa::sm80 {
@@ -16,61 +16,74 @@ namespace fa::sm80 {
 template <int kRow>
 struct Traits {
   static constexpr KernelConfig kConfig = table::kRows[kRow];
-  static constexpr MaskMode kMask = kConfig.mask;
   static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kTileM = kConfig.tile_m;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kWarps = kConfig.warps;
   static constexpr int kThreads = kConfig.threads();
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kBlocks = kConfig.blocks;
+  static_assert(kStages == 1 || kStages == 2);
 
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
 
-  // The rows of a block's own tile are spread over its warps, 16 each.
-  static constexpr int kOwnedRows = device::kWarpRows * kConfig.warps;
-
   template <int kRows>
-  using Tile = device::SmemTile<Element, kRows, kHeadDim>;
+  using Rows = device::SmemTile<Element, kRows, kHeadDim>;
 };
 
-// A block owns tile_m queries.
+// Each warp owns whole rows of scores, so that the softmax stays inside a warp, and as many columns
+// of out as its registers hold: all of them, or half of those of the largest head_dim, where two
+// warps then compute the same scores.
 template <int kRow>
 struct FwdTraits : Traits<kRow> {
   using Base = Traits<kRow>;
-  static constexpr int kTileM = Base::kConfig.tile_m;
-  static constexpr int kTileN = Base::kConfig.tile_n;
-  static_assert(kTileM == Base::kOwnedRows);
+  static constexpr int kLeastRows = device::kBlockRows;
+  static constexpr int kWarpRows =
+      Base::kTileM / Base::kWarps < kLeastRows ? kLeastRows : Base::kTileM / Base::kWarps;
+  static constexpr int kRowWarps = Base::kTileM / kWarpRows;
+  static constexpr int kWarpCols = Base::kHeadDim * kRowWarps / Base::kWarps;
+
+  using Scores = device::Accumulator<kWarpRows, Base::kTileN>;
+  using Out = device::Accumulator<kWarpRows, kWarpCols>;
 
   struct SharedMemory {
-    typename Base::template Tile<kTileM> q;
-    typename Base::template Tile<kTileN> k;
-    typename Base::template Tile<kTileN> v;
+    typename Base::template Rows<Base::kTileM> q;
+    typename Base::template Rows<Base::kTileN> k[Base::kStages];
+    typename Base::template Rows<Base::kTileN> v[Base::kStages];
   };
   static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
 };
 
-// A block owns keys and streams queries for dk and dv, and the other way round for dq.
 template <int kRow>
 struct BwdTraits : Traits<kRow> {
   using Base = Traits<kRow>;
-  static constexpr int kOwned = Base::kConfig.tile_n;
-  static constexpr int kStreamed = Base::kConfig.tile_m;
-  static_assert(kOwned == Base::kOwnedRows);
+  using ScoreGrid = device::WarpGrid<Base::kTileM, Base::kTileN, Base::kWarps>;
+  using KeyGrid = device::WarpGrid<Base::kTileN, Base::kHeadDim, Base::kWarps>;
+  using QueryGrid = device::WarpGrid<Base::kTileM, Base::kHeadDim, Base::kWarps>;
 
-  struct DkdvSharedMemory {
-    typename Base::template Tile<kOwned> k;
-    typename Base::template Tile<kOwned> v;
-    typename Base::template Tile<kStreamed> q;
-    typename Base::template Tile<kStreamed> dout;
-    float lse_log2[kStreamed];
-    float delta[kStreamed];
-  };
-  static_assert(sizeof(DkdvSharedMemory) == Base::kConfig.smem_bytes());
+  // (queries, keys): what the warps exchange.
+  using Scores = device::SmemTile<typename Base::Element, Base::kTileM, Base::kTileN>;
 
-  struct DqSharedMemory {
-    typename Base::template Tile<kOwned> q;
-    typename Base::template Tile<kOwned> dout;
-    typename Base::template Tile<kStreamed> k;
-    typename Base::template Tile<kStreamed> v;
+  // What passes by.
+  struct Queries {
+    typename Base::template Rows<Base::kTileM> q;
+    typename Base::template Rows<Base::kTileM> dout;
   };
-  static_assert(sizeof(DqSharedMemory) < sizeof(DkdvSharedMemory));
+  struct Statistics {
+    alignas(16) float lse_log2[Base::kTileM];
+    alignas(16) float delta[Base::kTileM];
+  };
+
+  struct SharedMemory {
+    typename Base::template Rows<Base::kTileN> k;
+    typename Base::template Rows<Base::kTileN> v;
+    Queries queries[Base::kStages];
+    Scores p;
+    Scores ds;
+    Statistics statistics[Base::kStages];
+  };
+  static_assert(sizeof(SharedMemory) - Base::kConfig.smem_bytes() < alignof(SharedMemory));
 };
 
 }  // namespace fa::sm80

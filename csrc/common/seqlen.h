@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Where the sequences of a batch lie and how long they are.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fa {
+
+// Rows [begin, begin + length) of the tensors of one batch entry.
+struct Sequence {
+  int begin;
+  int length;
+};
+
+// Of queries or of keys, for a whole batch. Without pointers every sequence starts at row 0 of its
+// batch entry and has the length of the tensor. With cu_seqlens the sequences are packed one after
+// another in a single batch entry (the views then have batch_stride 0).
+struct Sequences {
+  const int32_t* cu_seqlens = nullptr;  // (batch + 1): first row of each sequence, and their end
+  const int32_t* seqused = nullptr;     // (batch): how many rows of each sequence count
+
+  FA_HOST_DEVICE constexpr Sequence at(int batch, int seqlen) const {
+    Sequence sequence = {0, seqlen};
+    if (cu_seqlens != nullptr) {
+      sequence = {cu_seqlens[batch], cu_seqlens[batch + 1] - cu_seqlens[batch]};
+    }
+    if (seqused != nullptr) {
+      sequence.length = seqused[batch];
+    }
+    return sequence;
+  }
+
+  // Tiles of tile_rows rows, numbered through the batch such that no two sequences share one.
+  FA_HOST_DEVICE constexpr int64_t first_tile(int batch, int seqlen, int tile_rows) const {
+    return cu_seqlens != nullptr
+               ? cu_seqlens[batch] / tile_rows + batch
+               : static_cast<int64_t>(batch) * ((seqlen + tile_rows - 1) / tile_rows);
+  }
+
+  // How many tiles first_tile() may number. total_rows: of the packed tensor.
+  FA_HOST_DEVICE constexpr int64_t count_tiles(int batch, int64_t total_rows, int seqlen,
+                                               int tile_rows) const {
+    return cu_seqlens != nullptr ? total_rows / tile_rows + batch
+                                 : first_tile(batch, seqlen, tile_rows);
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "sm80/launch.cuh"
+
+namespace fa::sm80 {
+
+static const Registration<Pass::kBackward, 512> g_registration;
+
+}  // namespace fa::sm80

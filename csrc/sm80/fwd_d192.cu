@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "sm80/launch.cuh"
+
+namespace fa::sm80 {
+
+static const Registration<Pass::kForward, 192> g_registration;
+
+}  // namespace fa::sm80
