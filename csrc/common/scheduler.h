@@ -21,6 +21,7 @@ struct TileScheduler {
   int tiles;  // per head
   int heads;
   int batch;
+  int64_t first = 0;  // work item of block 0, where one launch cannot have a block for each
 
   FA_HOST_DEVICE constexpr int64_t count() const { return int64_t{tiles} * heads * batch; }
 

@@ -28,23 +28,23 @@ FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kC
   return r_operand;
 }
 
-// Writes an accumulator as elements into a shared tile, its first element at (row, col): multiples
-// of 8 and 16. Eight rows of one block are one pass over all banks.
-template <typename Element, int kTileRows, int kTileCols, int kRows, int kCols>
-FA_DEVICE void store_elements(const Accumulator<kRows, kCols>& r_tile,
-                              SmemTile<Element, kTileRows, kTileCols>& s_tile, int row, int col) {
+// Writes an accumulator as elements into a shared tile, its first element at (row, col): as for
+// LanePointer. Eight rows of one block are one pass over all banks.
+template <typename Sums, typename Element, int kTileRows, int kTileCols>
+FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, kTileCols>& s_tile,
+                              int row, int col) {
   using Tile = SmemTile<Element, kTileRows, kTileCols>;
-  const int first = Tile::offset(accumulator_row(0), accumulator_col(0, 0));
+  const int first = Tile::step(Tile::offset(accumulator_row(0), Sums::col(0, 0)), row, col);
 #pragma unroll
-  for (int a = 0; a < r_tile.kRowBlocks; ++a) {
+  for (int a = 0; a < Sums::kRowBlocks; ++a) {
 #pragma unroll
-    for (int b = 0; b < r_tile.kColBlocks; ++b) {
+    for (int b = 0; b < Sums::kColBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Element* s_pair = s_tile.elements + Tile::step(first, row + a * kBlockRows + half * 8,
-                                                       col + b * kBlockCols);
+        Element* s_pair =
+            s_tile.elements + Tile::step(first, a * kBlockRows + half * 8, Sums::first_col(b));
         *reinterpret_cast<uint32_t*>(s_pair) =
-            ptx::convert_pair<Element>(r_tile.r[a][b][2 * half], r_tile.r[a][b][2 * half + 1]);
+            ptx::convert_pair<Element>(r_sums.r[a][b][2 * half], r_sums.r[a][b][2 * half + 1]);
       }
     }
   }

@@ -2,7 +2,8 @@
 // What the lanes of a warp hold of a matrix. The only file that knows lane arithmetic.
 //
 // Accumulator (kRows, kCols): register i of 8-column block b of 16-row block a is the element at
-//   row = 16 * a + lane / 4 + 8 * (i / 2),  col = 8 * b + 2 * (lane % 4) + i % 2.
+//   row = 16 * a + lane / 4 + 8 * (i / 2),  col = first_col(b) + 2 * (lane % 4) + i % 2.
+// Two blocks are a slice of 16 columns, and slices are kSliceStride columns apart.
 // A thread so holds two rows of every 16, and the four lanes of a quad hold a row together. An A
 // operand (16, 16) has the registers of two such blocks in pairs of 16-bit elements; a B operand
 // (16, 8) is the transpose of an 8x16 half of that.
@@ -21,10 +22,6 @@ FA_DEVICE int accumulator_row(int row_of_thread) {
   return ptx::lane_index() / 4 + 8 * row_of_thread;
 }
 
-FA_DEVICE int accumulator_col(int block, int i) {
-  return kBlockCols * block + 2 * (ptx::lane_index() % 4) + i % 2;
-}
-
 // One lane of the four that share a row.
 FA_DEVICE bool leads_row() { return ptx::lane_index() % 4 == 0; }
 
@@ -38,10 +35,11 @@ FA_DEVICE float row_sum(float value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-template <int kRowsOfTile, int kColsOfTile>
+template <int kRowsOfTile, int kColsOfTile, int kStrideOfSlices = 2 * kBlockCols>
 struct Accumulator {
   static constexpr int kRows = kRowsOfTile;
   static constexpr int kCols = kColsOfTile;
+  static constexpr int kSliceStride = kStrideOfSlices;
   static constexpr int kRowBlocks = kRows / kBlockRows;
   static constexpr int kColBlocks = kCols / kBlockCols;
   static constexpr int kRowsPerThread = 2 * kRowBlocks;
@@ -51,6 +49,13 @@ struct Accumulator {
   using RowValues = float[kRowsPerThread];
 
   float r[kRowBlocks][kColBlocks][4];
+
+  static FA_HOST_DEVICE constexpr int first_col(int block) {
+    return block / 2 * kSliceStride + block % 2 * kBlockCols;
+  }
+  static FA_DEVICE int col(int block, int i) {
+    return first_col(block) + 2 * (ptx::lane_index() % 4) + i % 2;
+  }
 
   // Replaces each element by map(element, row_of_thread, col_block, i).
   template <typename Map>
@@ -86,47 +91,45 @@ struct OperandA {
   uint32_t r[kRows / kBlockRows][kDepth / kMmaDepth][4];
 };
 
-// The lanes' rows of 8x8 matrices for ldmatrix: where lane i points, relative to a 16x16 block.
-// Blocks of 8x8 follow one another first down, then right,
+// Where a lane points in a tile for ldmatrix, which loads four 8x8 blocks of a 16x16 area, and what
+// it loads at constant steps from there. The area that the pointer is made for starts at (row, col):
+// multiples of 8 and 16, and col such that col + cols never carries in binary.
 template <typename Tile>
-FA_DEVICE int offset_down_first() {
-  const int lane = ptx::lane_index();
-  return Tile::offset(lane % 16, lane / 16 * 8);
-}
+class LanePointer {
+ public:
+  // The four blocks follow one another first down, then right,
+  static FA_DEVICE LanePointer down_first(const Tile& s_tile, int row, int col) {
+    const int lane = ptx::lane_index();
+    return {s_tile, Tile::offset(lane % 16, lane / 16 * 8), row, col};
+  }
 
-// or first right, then down.
-template <typename Tile>
-FA_DEVICE int offset_right_first() {
-  const int lane = ptx::lane_index();
-  return Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
-}
+  // or first right, then down.
+  static FA_DEVICE LanePointer right_first(const Tile& s_tile, int row, int col) {
+    const int lane = ptx::lane_index();
+    return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8), row, col};
+  }
 
-// In the four loads, `row` is a multiple of 8 and `col` of 16.
+  FA_DEVICE void load(uint32_t (&r_blocks)[4], int rows, int cols) const {
+    ptx::ldmatrix_x4(r_blocks, at(rows, cols));
+  }
+  FA_DEVICE void load_transposed(uint32_t (&r_blocks)[4], int rows, int cols) const {
+    ptx::ldmatrix_x4_trans(r_blocks, at(rows, cols));
+  }
 
-// The A operand at rows row .. row + 15, columns col .. col + 15 of a tile.
-template <typename Tile>
-FA_DEVICE void load_a(uint32_t (&r_a)[4], const Tile& s_tile, int row, int col) {
-  ptx::ldmatrix_x4(r_a, s_tile.elements + Tile::step(offset_down_first<Tile>(), row, col));
-}
+ private:
+  static constexpr int kBytes = sizeof(*Tile::elements);
 
-// The A operand that is the transpose of rows row .. row + 15, columns col .. col + 15 of a tile.
-template <typename Tile>
-FA_DEVICE void load_a_of_transposed(uint32_t (&r_a)[4], const Tile& s_tile, int row, int col) {
-  ptx::ldmatrix_x4_trans(r_a, s_tile.elements + Tile::step(offset_right_first<Tile>(), row, col));
-}
+  FA_DEVICE LanePointer(const Tile& s_tile, int lane_offset, int row, int col)
+      : address_((ptx::smem_address(s_tile.elements) +
+                             kBytes * Tile::step(lane_offset, row, col))) {}
 
-// Two B operands from a tile that holds B transposed: element (k, n) of B at (n, k) of the tile.
-// r_b[0..1] are for n = row .. row + 7, r_b[2..3] for the next eight; k = col .. col + 15.
-template <typename Tile>
-FA_DEVICE void load_b_of_transposed(uint32_t (&r_b)[4], const Tile& s_tile, int row, int col) {
-  ptx::ldmatrix_x4(r_b, s_tile.elements + Tile::step(offset_right_first<Tile>(), row, col));
-}
+  // As SmemTile::step(): the tile is aligned, so that the swizzle works on addresses too.
+  FA_DEVICE uint32_t at(int rows, int cols) const {
+    return (address_ ^ (kBytes * (cols % Tile::kPanelCols))) +
+           kBytes * (cols / Tile::kPanelCols * Tile::kRows + rows) * Tile::kPanelCols;
+  }
 
-// Two B operands from a tile that holds B: element (k, n) of B at (k, n) of the tile.
-// r_b[0..1] are for n = col .. col + 7, r_b[2..3] for the next eight; k = row .. row + 15.
-template <typename Tile>
-FA_DEVICE void load_b(uint32_t (&r_b)[4], const Tile& s_tile, int row, int col) {
-  ptx::ldmatrix_x4_trans(r_b, s_tile.elements + Tile::step(offset_down_first<Tile>(), row, col));
-}
+  uint32_t address_;
+};
 
 }  // namespace fa::device

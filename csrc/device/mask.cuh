@@ -14,16 +14,16 @@ FA_DEVICE constexpr bool covers(Range outer, Range inner) {
 
 // Sets the elements outside visible(row) to `masked`. The tile's first element is at
 // (first_row, first_col).
-template <int kRows, int kCols, typename Visible>
-FA_DEVICE void keep_visible(Accumulator<kRows, kCols>& r_tile, int first_row, int first_col,
+template <typename Tile, typename Visible>
+FA_DEVICE void keep_visible(Tile& r_tile, int first_row, int first_col,
                             float masked, Visible&& visible) {
-  Range r_visible[Accumulator<kRows, kCols>::kRowsPerThread];
+  Range r_visible[Tile::kRowsPerThread];
 #pragma unroll
-  for (int row = 0; row < r_tile.kRowsPerThread; ++row) {
+  for (int row = 0; row < Tile::kRowsPerThread; ++row) {
     r_visible[row] = visible(first_row + accumulator_row(row));
   }
   r_tile.transform([&](float x, int row, int block, int i) {
-    const int col = first_col + accumulator_col(block, i);
+    const int col = first_col + Tile::col(block, i);
     return r_visible[row].begin <= col && col < r_visible[row].end ? x : masked;
   });
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A (kRows, kCols) tile of 16-bit elements in shared memory. The columns are cut into panels of 64
-// (or of 32 where kCols is no multiple of 64); a panel is kRows lines, and within it the 16-byte
+// (or of 32 or 16 where kCols is no multiple of that); a panel is kRows lines, and within it the 16-byte
 // units are permuted such that eight rows of one unit column lie in eight different bank groups:
 // ldmatrix and the 16-byte copies then have no bank conflicts.
 #pragma once
@@ -34,7 +34,7 @@ template <typename Element, int kRowsOfTile, int kColsOfTile>
 struct SmemTile {
   static constexpr int kRows = kRowsOfTile;
   static constexpr int kCols = kColsOfTile;
-  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : kCols % 32 == 0 ? 32 : 16;
   static constexpr int kPanels = kCols / kPanelCols;
   static constexpr int kUnitElements = 16 / sizeof(Element);
   static constexpr int kUnitsPerLine = kPanelCols / kUnitElements;
@@ -60,24 +60,29 @@ struct SmemTile {
     return (offset ^ (cols % kPanelCols)) + (cols / kPanelCols * kRows + rows) * kPanelCols;
   }
 
-  // Visits the thread's share of the tile's 16-byte units as visit(element offset, row, col); the
-  // threads of the block share the tile so that neighbours have neighbouring units of a line.
+  // Visits the thread's share of the tile's 16-byte units as visit(unit, rows, panel): the unit
+  // lies at elements + unit, `rows` lines and `panel` panels after the thread's first. The threads
+  // of the block share the tile so that neighbours have neighbouring units of a line.
   template <int kThreads, typename Visit>
   static FA_DEVICE void for_each_unit(Visit&& visit) {
     constexpr int kLinesPerStep = kThreads / kUnitsPerLine;
     static_assert(kThreads % kUnitsPerLine == 0 && kLinesPerStep % kSwizzleRows == 0);
-    const int row = static_cast<int>(threadIdx.x) / kUnitsPerLine;
-    const int col = static_cast<int>(threadIdx.x) % kUnitsPerLine * kUnitElements;
-    const int first = offset(row, col);
+    const int first = offset(first_row(), first_col());
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
+    for (int rows = 0; rows < kRows; rows += kLinesPerStep) {
+      if (kRows % kLinesPerStep == 0 || first_row() + rows < kRows) {
 #pragma unroll
-      for (int below = 0; below < kRows; below += kLinesPerStep) {
-        if (kRows % kLinesPerStep == 0 || row + below < kRows) {
-          visit(step(first, below, panel * kPanelCols), row + below, col + panel * kPanelCols);
+        for (int panel = 0; panel < kPanels; ++panel) {
+          visit(step(first, rows, panel * kPanelCols), rows, panel);
         }
       }
     }
+  }
+
+  // Where the thread's first unit lies.
+  static FA_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / kUnitsPerLine; }
+  static FA_DEVICE int first_col() {
+    return static_cast<int>(threadIdx.x) % kUnitsPerLine * kUnitElements;
   }
 
   // Begins to copy the tile, by all kThreads of the block; ends with a wait for cp.async and a
@@ -85,8 +90,17 @@ struct SmemTile {
   // memory, NaN included, is never multiplied.
   template <int kThreads>
   FA_DEVICE void load_async(const GlobalTile<Element>& source) {
-    for_each_unit<kThreads>([&](int unit, int row, int col) {
-      ptx::cp_async_16(elements + unit, source.at(row, col), row < source.rows && col < source.cols);
+    const Element* g_line = source.at(first_row(), first_col());
+    const int rows_left = source.rows - first_row();
+    const int cols_left = source.cols - first_col();
+    int line = 0;
+    for_each_unit<kThreads>([&](int unit, int rows, int panel) {
+      if (rows != line) {
+        g_line += (rows - line) * source.row_stride;
+        line = rows;
+      }
+      ptx::cp_async_16(elements + unit, g_line + panel * kPanelCols,
+                       rows < rows_left && panel * kPanelCols < cols_left);
     });
   }
 
@@ -103,7 +117,9 @@ struct SmemTile {
   // Copies the tile to global memory, by all kThreads of the block.
   template <int kThreads>
   FA_DEVICE void store(const GlobalTile<Element>& destination) const {
-    for_each_unit<kThreads>([&](int unit, int row, int col) {
+    for_each_unit<kThreads>([&](int unit, int rows, int panel) {
+      const int row = first_row() + rows;
+      const int col = first_col() + panel * kPanelCols;
       if (row < destination.rows && col < destination.cols) {
         *reinterpret_cast<uint4*>(destination.at(row, col)) =
             *reinterpret_cast<const uint4*>(elements + unit);

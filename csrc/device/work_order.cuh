@@ -8,36 +8,19 @@
 
 namespace fa::device {
 
-// The work of a block. In a deterministic pass a block draws its next item when it is ready for it,
-// so that items begin in their order whatever order the hardware starts blocks in.
-class WorkQueue {
- public:
-  FA_DEVICE WorkQueue(const TileScheduler& scheduler, const BwdWorkspace& workspace)
-      : scheduler_(scheduler), ticket_(workspace.ticket()), next_(blockIdx.x) {}
-
-  FA_DEVICE bool next(WorkTile& tile) {
-    if (ticket_ != nullptr) {
-      __shared__ int64_t s_next;
-      if (threadIdx.x == 0) {
-        s_next = static_cast<int64_t>(atomicAdd(ticket_, 1ULL));
-      }
-      __syncthreads();
-      next_ = s_next;
-      __syncthreads();
-    }
-    if (next_ >= scheduler_.count()) {
-      return false;
-    }
-    tile = ticket_ != nullptr ? scheduler_.heads_first(next_) : scheduler_.at(next_);
-    next_ += gridDim.x;
-    return true;
+// The work item of this block. In a deterministic pass a block draws it when it begins, so that
+// items begin in their order whatever order the hardware starts blocks in.
+FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace& workspace) {
+  if (workspace.ticket() == nullptr) {
+    return scheduler.at(scheduler.first + blockIdx.x);
   }
-
- private:
-  const TileScheduler& scheduler_;
-  unsigned long long* ticket_;
-  int64_t next_;
-};
+  __shared__ int64_t s_ticket;
+  if (threadIdx.x == 0) {
+    s_ticket = static_cast<int64_t>(atomicAdd(workspace.ticket(), 1ULL));
+  }
+  __syncthreads();
+  return scheduler.heads_first(s_ticket);
+}
 
 // Between construction and end(), the only block that adds to a tile, and the one whose turn it is:
 // rank() blocks add before it. Does nothing where the pass is not deterministic.

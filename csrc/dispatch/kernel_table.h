@@ -23,23 +23,24 @@ struct KernelConfig {
   int tile_m;     // queries
   int tile_n;     // keys
   int warps;      // of a thread block; 0 on the CPU
-  int stages;     // tiles in flight of what passes by: keys in forward, queries in backward
   int blocks;     // thread blocks that share a multiprocessor
 
   constexpr int threads() const { return 32 * warps; }
 
-  // Dynamic shared memory of a thread block. Forward: tiles of q, k, v. Backward: k, v, q, dout, the
-  // rows' statistics (float lse and delta), and p and ds on their way from warp to warp.
+  // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v. Backward:
+  // k and v, two each of q, dout and the rows' statistics (float lse and delta), and p and ds on
+  // their way from warp to warp.
   constexpr int64_t smem_bytes() const {
     if (family == Family::kCpu) {
       return 0;
     }
     const int64_t element_bytes = 2;
     if (pass == Pass::kForward) {
-      return (tile_m + 2 * stages * tile_n) * head_dim * element_bytes;
+      return (tile_m + 4 * tile_n) * head_dim * element_bytes;
     }
-    return (2 * tile_n + 2 * stages * tile_m) * head_dim * element_bytes +
-           stages * 2 * tile_m * int64_t{sizeof(float)} + 2 * tile_m * tile_n * element_bytes;
+    const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
+    return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
+           statistics;
   }
 
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
@@ -49,11 +50,11 @@ struct KernelConfig {
     return blocks * (smem_bytes() + kReserved) <= smem_opt_in + kReserved;
   }
 
-  // For example flash_fwd_sm80_bfloat16_d64_window_128x64x2.
+  // For example flash_fwd_sm80_bfloat16_d64_window_128x64.
   std::string name() const {
     return std::string("flash_") + name_of(pass) + "_" + name_of(family) + "_" + name_of(dtype) +
            "_d" + std::to_string(head_dim) + "_" + name_of(mask) + "_" + std::to_string(tile_m) +
-           "x" + std::to_string(tile_n) + "x" + std::to_string(stages);
+           "x" + std::to_string(tile_n);
   }
 };
 
@@ -66,96 +67,86 @@ using enum MaskMode;
 
 // clang-format off
 inline constexpr KernelConfig kRows[] = {
-  // family  pass       dtype     head_dim  mask  tile_m tile_n warps stages blocks
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2, 2},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2, 2},
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2, 3},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2, 3},
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 1, 2},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,  128,  4, 1, 2},
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 1, 3},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 1, 3},
-  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 2, 2},
-  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 2, 2},
-  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 1, 2},
-  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 1, 2},
-  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 1, 1},
-  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 1, 1},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 2, 2},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 2, 2},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 1, 2},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 1, 2},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  8, 2, 1},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  8, 2, 1},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 1, 1},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 1, 1},
-  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 2, 1},
-  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 2, 1},
-  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 1, 1},
-  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 1, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 2, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 2, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 1, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 1, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,   64,   64,  4, 1, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,   64,   64,  4, 1, 1},
-  {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   32,  8, 1, 1},
-  {kSm80, kForward,  kFloat16,  512, kWindow,   64,   32,  8, 1, 1},
-  {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   32,  4, 1, 1},
-  {kSm80, kForward,  kFloat16,  512, kWindow,   32,   32,  4, 1, 1},
+  // family  pass       dtype     head_dim  mask  tile_m tile_n warps blocks
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 3},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 3},
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,  128,  4, 2},
+  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 1},
+  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   32,  8, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   32,  8, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   32,  8, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   32,  8, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,   64,   64,  4, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,   64,   64,  4, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,   64,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,   64,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   32,  8, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow,   64,   32,  8, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   16,  8, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow,   64,   16,  8, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   16,  4, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow,   32,   16,  4, 1},
 
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 2, 3},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 2, 3},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,  128,   64,  4, 1, 2},
-  {kSm80, kBackward, kFloat16,   64, kWindow,  128,   64,  4, 1, 2},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,  128,  8, 2, 1},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,  128,  8, 2, 1},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,  128,  128,  8, 1, 1},
-  {kSm80, kBackward, kFloat16,   64, kWindow,  128,  128,  8, 1, 1},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 1, 3},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 1, 3},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 1, 2},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 1, 2},
-  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 2, 2},
-  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 2, 2},
-  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 1, 2},
-  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 1, 2},
-  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 1, 1},
-  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 1, 1},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 2, 2},
-  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 2, 2},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 1, 2},
-  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 1, 2},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,  128,  8, 2, 1},
-  {kSm80, kBackward, kFloat16,  128, kWindow,   64,  128,  8, 2, 1},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 1, 1},
-  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 1, 1},
-  {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 2, 1},
-  {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 2, 1},
-  {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 1, 1},
-  {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 1, 1},
-  {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   64,  8, 1, 1},
-  {kSm80, kBackward, kFloat16,  192, kWindow,   32,   64,  8, 1, 1},
-  {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 2, 1},
-  {kSm80, kBackward, kFloat16,  256, kWindow,   64,   64,  8, 2, 1},
-  {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 1, 1},
-  {kSm80, kBackward, kFloat16,  256, kWindow,   64,   64,  8, 1, 1},
-  {kSm80, kBackward, kBFloat16, 256, kWindow,   32,   32,  4, 1, 1},
-  {kSm80, kBackward, kFloat16,  256, kWindow,   32,   32,  4, 1, 1},
-  {kSm80, kBackward, kBFloat16, 512, kWindow,   32,   32,  8, 1, 1},
-  {kSm80, kBackward, kFloat16,  512, kWindow,   32,   32,  8, 1, 1},
-  {kSm80, kBackward, kBFloat16, 512, kWindow,   16,   32,  8, 1, 1},
-  {kSm80, kBackward, kFloat16,  512, kWindow,   16,   32,  8, 1, 1},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 3},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 3},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 2},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 2},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,  128,  8, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,  128,  8, 1},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,  128,  128,  8, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,  128,  128,  8, 1},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 2},
+  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 2},
+  {kSm80, kBackward, kBFloat16,  96, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,   96, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   64,  4, 2},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   64,   64,  4, 2},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,  128,  8, 1},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   64,  128,  8, 1},
+  {kSm80, kBackward, kBFloat16, 128, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,  128, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow,   32,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   32,  4, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow,   32,   32,  4, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow,   64,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow,   32,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow,   32,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow,   16,   32,  4, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow,   16,   32,  4, 1},
+  {kSm80, kBackward, kBFloat16, 512, kWindow,   16,   32,  8, 1},
+  {kSm80, kBackward, kFloat16,  512, kWindow,   16,   32,  8, 1},
+  {kSm80, kBackward, kBFloat16, 512, kWindow,   16,   16,  4, 1},
+  {kSm80, kBackward, kFloat16,  512, kWindow,   16,   16,  4, 1},
 
-  {kCpu,  kForward,  kFloat32,  512, kWindow,   64,   64, 0, 0, 0},
-  {kCpu,  kForward,  kBFloat16, 512, kWindow,   64,   64, 0, 0, 0},
-  {kCpu,  kForward,  kFloat16,  512, kWindow,   64,   64, 0, 0, 0},
-  {kCpu,  kForward,  kFloat64,  512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kForward,  kFloat32,  512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kForward,  kBFloat16, 512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kForward,  kFloat16,  512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kForward,  kFloat64,  512, kWindow,   64,   64, 0, 0},
 
-  {kCpu,  kBackward, kFloat32,  512, kWindow,   64,   64, 0, 0, 0},
-  {kCpu,  kBackward, kBFloat16, 512, kWindow,   64,   64, 0, 0, 0},
-  {kCpu,  kBackward, kFloat16,  512, kWindow,   64,   64, 0, 0, 0},
-  {kCpu,  kBackward, kFloat64,  512, kWindow,   64,   64, 0, 0, 0},
+  {kCpu,  kBackward, kFloat32,  512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kBackward, kBFloat16, 512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kBackward, kFloat16,  512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kBackward, kFloat64,  512, kWindow,   64,   64, 0, 0},
 };
 // clang-format on
 

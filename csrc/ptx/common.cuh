@@ -20,6 +20,15 @@ FA_DEVICE uint32_t smem_address(const void* s_pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(s_pointer));
 }
 
+// x, about which the compiler knows nothing. What is computed from it inside a loop is not computed
+// ahead of the loop, where it would occupy registers.
+// PTX ISA, "Data Movement and Conversion Instructions: mov".
+FA_DEVICE uint32_t opaque(uint32_t x) {
+  uint32_t result;
+  asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(x));
+  return result;
+}
+
 // 2^x to two units in the last place; exactly 0 for -inf, and subnormal results are 0.
 // PTX ISA, "Floating Point Instructions: ex2".
 FA_DEVICE float exp2_approx(float x) {

@@ -12,19 +12,19 @@ namespace fa::ptx {
 // Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of row i % 8 of matrix
 // i / 8 and receives, of each matrix, the two elements at (lane / 4, 2 * (lane % 4)).
 // PTX ISA, "Warp Level Matrix Load Instruction: ldmatrix".
-FA_DEVICE void ldmatrix_x4(uint32_t (&r_matrices)[4], const void* s_row) {
+FA_DEVICE void ldmatrix_x4(uint32_t (&r_matrices)[4], uint32_t s_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r_matrices[0]), "=r"(r_matrices[1]), "=r"(r_matrices[2]), "=r"(r_matrices[3])
-               : "r"(smem_address(s_row))
+               : "r"(s_row)
                : "memory");
 }
 
 // The same, but each matrix arrives transposed.
 // PTX ISA, "Warp Level Matrix Load Instruction: ldmatrix", qualifier .trans.
-FA_DEVICE void ldmatrix_x4_trans(uint32_t (&r_matrices)[4], const void* s_row) {
+FA_DEVICE void ldmatrix_x4_trans(uint32_t (&r_matrices)[4], uint32_t s_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r_matrices[0]), "=r"(r_matrices[1]), "=r"(r_matrices[2]), "=r"(r_matrices[3])
-               : "r"(smem_address(s_row))
+               : "r"(s_row)
                : "memory");
 }
 

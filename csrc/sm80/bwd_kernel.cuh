@@ -7,11 +7,10 @@
 // share of dq is added to sums in global memory, which flash_bwd_dq_sm80 then writes out.
 //
 // p and ds pass through shared memory, since each warp needs, for dv, dk and dq, what others
-// computed. Two barriers per tile of queries:
-//   top:    q, dout and statistics(i) have arrived, and every warp is done with tile i - 1
+// computed. q, dout and their rows' statistics have two shared tiles each: tile i + 1 is copied under
+// tile i. Two barriers per tile of queries:
+//   top:    tile i has arrived, and every warp is done with tile i - 1
 //   middle: p and ds are written
-// With one stage there is no room to load tile i + 1 under tile i, and a third barrier at the very
-// top lets all warps leave tile i - 1 before tile i is loaded over it.
 //
 // Deterministic: blocks take their work in the order in which they begin, which is by tiles of keys,
 // and add to a tile of dq in that order. A block so waits only for blocks that began before it.
@@ -54,7 +53,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
   constexpr int kThreads = Traits::kThreads;
-  constexpr int kStages = Traits::kStages;
 
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   const Shape& shape = params.shape;
@@ -62,124 +60,115 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = softmax_scale * kLog2E;
 
-  device::WorkQueue work(scheduler, workspace);
-  for (WorkTile tile; work.next(tile);) {  // tile.head is a head of keys and values
-    const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
-    const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
-    const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
-    const int first_key = tile.tile * kTileN;
-    if (first_key >= sequence_k.length) {
-      continue;
-    }
-    const Range keys = {first_key, first_key + kTileN};
-    const Range queries = window.queries_seeing_any(keys);
-    const Range unmasked_queries = window.queries_seeing_all(keys);
-    const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
+  const WorkTile tile = device::take_work(scheduler, workspace);  // of a head of keys and values
+  const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
+  const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
+  const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
+  const int first_key = tile.tile * kTileN;
+  if (first_key >= sequence_k.length) {
+    return;
+  }
+  const Range keys = {first_key, first_key + kTileN};
+  const Range queries = window.queries_seeing_any(keys);
+  const Range unmasked_queries = window.queries_seeing_all(keys);
+  const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
-    const auto key_rows = [&](const TensorView& view) {
-      return device::global_tile<Element>(view, sequence_k, tile.batch, first_key, tile.head,
+  const auto key_rows = [&](const TensorView& view) {
+    return device::global_tile<Element>(view, sequence_k, tile.batch, first_key, tile.head,
+                                        shape.head_dim);
+  };
+  s.k.template load_async<kThreads>(key_rows(params.k));
+  s.v.template load_async<kThreads>(key_rows(params.v));
+
+  const auto load_queries = [&](const QueryTile& at, int stage) {
+    const auto query_rows = [&](const TensorView& view) {
+      return device::global_tile<Element>(view, sequence_q, tile.batch, at.tile * kTileM, at.head,
                                           shape.head_dim);
     };
-    s.k.template load_async<kThreads>(key_rows(params.k));
-    s.v.template load_async<kThreads>(key_rows(params.v));
+    s.queries[stage].q.template load_async<kThreads>(query_rows(params.q));
+    s.queries[stage].dout.template load_async<kThreads>(query_rows(params.dout));
+    load_statistics<kThreads>(
+        s.statistics[stage], workspace.lse_log2(workspace.index(at.head, first_tile + at.tile)));
+  };
 
-    const auto load_queries = [&](const QueryTile& at, int stage) {
-      const auto query_rows = [&](const TensorView& view) {
-        return device::global_tile<Element>(view, sequence_q, tile.batch, at.tile * kTileM, at.head,
-                                            shape.head_dim);
-      };
-      s.queries[stage].q.template load_async<kThreads>(query_rows(params.q));
-      s.queries[stage].dout.template load_async<kThreads>(query_rows(params.dout));
-      load_statistics<kThreads>(
-          s.statistics[stage], workspace.lse_log2(workspace.index(at.head, first_tile + at.tile)));
-    };
+  typename KeyGrid::Sum r_dk;  // without softmax_scale
+  typename KeyGrid::Sum r_dv;
+  r_dk.clear();
+  r_dv.clear();
 
-    typename KeyGrid::Sum r_dk;  // without softmax_scale
-    typename KeyGrid::Sum r_dv;
-    r_dk.clear();
-    r_dv.clear();
-
-    QueryTiles tiles(queries, kTileM, tile.head * shape.group_size(), shape.group_size());
-    if (kStages == 2 && !tiles.done()) {
-      load_queries(tiles.current(), 0);
-    }
-    int stage = 0;
-    while (!tiles.done()) {
-      const QueryTile at = tiles.current();
-      tiles.advance();
-      if constexpr (kStages == 1) {
-        __syncthreads();
-        load_queries(at, 0);
-      }
-      ptx::cp_async_wait_all();
-      __syncthreads();
-      if (kStages == 2 && !tiles.done()) {
-        load_queries(tiles.current(), stage ^ 1);
-      }
-      const auto& s_q = s.queries[stage].q;
-      const auto& s_dout = s.queries[stage].dout;
-      const auto& s_statistics = s.statistics[stage];
-      const int first_query = at.tile * kTileM;
-      const int row = ScoreGrid::row();
-      const int col = ScoreGrid::col();
-
-      typename ScoreGrid::Sum r_p;
-      r_p.clear();
-      device::accumulate_abt(r_p, s_q, row, s.k, col);
-      r_p.transform([&](float score, int i, int, int) {
-        const float lse_log2 = s_statistics.lse_log2[row + device::accumulator_row(i)];
-        return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
-      });
-      const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-      if (!device::covers(unmasked_queries, tile_queries)) {
-        device::keep_visible(r_p, first_query + row, first_key + col, 0.0f, [&](int query) {
-          return window.keys_seen_by_any({query, query + 1});
-        });
-      }
-
-      typename ScoreGrid::Sum r_ds;  // dp, then ds
-      r_ds.clear();
-      device::accumulate_abt(r_ds, s_dout, row, s.v, col);
-      r_ds.transform([&](float dp, int i, int block, int j) {
-        const float delta = s_statistics.delta[row + device::accumulator_row(i)];
-        return softmax_gradient(r_p.r[i / 2][block][j], dp, delta);
-      });
-      if (ScoreGrid::leads()) {
-        device::store_elements(r_p, s.p, row, col);
-        device::store_elements(r_ds, s.ds, row, col);
-      }
-      __syncthreads();
-
-      typename QueryGrid::Sum r_dq;
-      r_dq.clear();
-      device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, QueryGrid::col());
-      const int64_t index = workspace.index(at.head, first_tile + at.tile);
-      device::InTurn in_turn(workspace, index, [&] {
-        return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
-      });
-      QueryGrid::add(workspace.dq_sum(index), r_dq);
-      in_turn.end();
-
-      device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
-      device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
-      if constexpr (kStages == 2) {
-        stage ^= 1;
-      }
-    }
-
-    // Where no query sees these keys, the copies of k and v are still under way here.
+  QueryTiles tiles(queries, kTileM, tile.head * shape.group_size(), shape.group_size());
+  if (!tiles.done()) {
+    load_queries(tiles.current(), 0);
+  }
+  int stage = 0;
+  while (!tiles.done()) {
+    const QueryTile at = tiles.current();
+    tiles.advance();
     ptx::cp_async_wait_all();
     __syncthreads();
-    r_dk.scale(softmax_scale);
-    if (KeyGrid::leads()) {
-      device::store_elements(r_dk, s.k, KeyGrid::row(), KeyGrid::col());
-      device::store_elements(r_dv, s.v, KeyGrid::row(), KeyGrid::col());
+    if (!tiles.done()) {
+      load_queries(tiles.current(), stage ^ 1);
+    }
+    const auto& s_q = s.queries[stage].q;
+    const auto& s_dout = s.queries[stage].dout;
+    const auto& s_statistics = s.statistics[stage];
+    const int first_query = at.tile * kTileM;
+    const int row = ScoreGrid::row();
+    const int col = ScoreGrid::col();
+
+    typename ScoreGrid::Sum r_p;
+    r_p.clear();
+    device::accumulate_abt(r_p, s_q, row, s.k, col);
+    r_p.transform([&](float score, int i, int, int) {
+      const float lse_log2 = s_statistics.lse_log2[row + device::accumulator_row(i)];
+      return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
+    });
+    const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
+    if (!device::covers(unmasked_queries, tile_queries)) {
+      device::keep_visible(r_p, first_query + row, first_key + col, 0.0f, [&](int query) {
+        return window.keys_seen_by_any({query, query + 1});
+      });
+    }
+
+    typename ScoreGrid::Sum r_ds;  // dp, then ds
+    r_ds.clear();
+    device::accumulate_abt(r_ds, s_dout, row, s.v, col);
+    r_ds.transform([&](float dp, int i, int block, int j) {
+      const float delta = s_statistics.delta[row + device::accumulator_row(i)];
+      return softmax_gradient(r_p.r[i / 2][block][j], dp, delta);
+    });
+    if (ScoreGrid::leads()) {
+      device::store_elements(r_p, s.p, row, col);
+      device::store_elements(r_ds, s.ds, row, col);
     }
     __syncthreads();
-    s.k.template store<kThreads>(key_rows(params.dk));
-    s.v.template store<kThreads>(key_rows(params.dv));
-    __syncthreads();  // the next work item overwrites the shared tiles
+
+    typename QueryGrid::Sum r_dq;
+    r_dq.clear();
+    device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, QueryGrid::col());
+    const int64_t index = workspace.index(at.head, first_tile + at.tile);
+    device::InTurn in_turn(workspace, index, [&] {
+      return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
+    });
+    QueryGrid::add(workspace.dq_sum(index), r_dq);
+    in_turn.end();
+
+    device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
+    device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
+    stage ^= 1;
   }
+
+  // Where no query sees these keys, the copies of k and v are still under way here.
+  ptx::cp_async_wait_all();
+  __syncthreads();
+  r_dk.scale(softmax_scale);
+  if (KeyGrid::leads()) {
+    device::store_elements(r_dk, s.k, KeyGrid::row(), KeyGrid::col());
+    device::store_elements(r_dv, s.v, KeyGrid::row(), KeyGrid::col());
+  }
+  __syncthreads();
+  s.k.template store<kThreads>(key_rows(params.dk));
+  s.v.template store<kThreads>(key_rows(params.dv));
 }
 
 // dq = softmax_scale * (its sums), one tile of queries of one head per block.
@@ -191,26 +180,23 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kThreads = Traits::kThreads;
 
   auto& s_dq = device::shared_memory<typename Traits::template Rows<Traits::kTileM>>();
-  for (int64_t work = blockIdx.x; work < scheduler.count(); work += gridDim.x) {
-    const WorkTile tile = scheduler.at(work);
-    const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
-    const int first_query = tile.tile * Traits::kTileM;
-    if (first_query >= sequence.length) {
-      continue;
-    }
-    const int64_t first_tile =
-        params.queries.first_tile(tile.batch, params.shape.seqlen_q, Traits::kTileM);
-    typename QueryGrid::Sum r_dq;
-    QueryGrid::load(
-        params.workspace.dq_sum(params.workspace.index(tile.head, first_tile + tile.tile)), r_dq);
-    r_dq.scale(static_cast<float>(params.softmax_scale));
-    device::store_elements(r_dq, s_dq, QueryGrid::row(), QueryGrid::col());
-    __syncthreads();
-    s_dq.template store<kThreads>(
-        device::global_tile<Element>(params.dq, sequence, tile.batch, first_query, tile.head,
-                                     params.shape.head_dim));
-    __syncthreads();  // the next work item overwrites the shared tile
+  const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
+  const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
+  const int first_query = tile.tile * Traits::kTileM;
+  if (first_query >= sequence.length) {
+    return;
   }
+  const int64_t first_tile =
+      params.queries.first_tile(tile.batch, params.shape.seqlen_q, Traits::kTileM);
+  typename QueryGrid::Sum r_dq;
+  QueryGrid::load(
+      params.workspace.dq_sum(params.workspace.index(tile.head, first_tile + tile.tile)), r_dq);
+  r_dq.scale(static_cast<float>(params.softmax_scale));
+  device::store_elements(r_dq, s_dq, QueryGrid::row(), QueryGrid::col());
+  __syncthreads();
+  s_dq.template store<kThreads>(
+      device::global_tile<Element>(params.dq, sequence, tile.batch, first_query, tile.head,
+                                   params.shape.head_dim));
 }
 
 }  // namespace fa::sm80

@@ -7,11 +7,15 @@
 
 #include <type_traits>
 
+#include "common/math.h"
 #include "device/smem.cuh"
 #include "device/warp_mma.cuh"
 #include "dispatch/kernel_table.h"
 
 namespace fa::sm80 {
+
+// Of what passes by, one tile is loaded while the other is used.
+inline constexpr int kStages = 2;
 
 template <int kRow>
 struct Traits {
@@ -21,9 +25,7 @@ struct Traits {
   static constexpr int kTileN = kConfig.tile_n;
   static constexpr int kWarps = kConfig.warps;
   static constexpr int kThreads = kConfig.threads();
-  static constexpr int kStages = kConfig.stages;
   static constexpr int kBlocks = kConfig.blocks;
-  static_assert(kStages == 1 || kStages == 2);
 
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
@@ -38,19 +40,19 @@ struct Traits {
 template <int kRow>
 struct FwdTraits : Traits<kRow> {
   using Base = Traits<kRow>;
-  static constexpr int kLeastRows = device::kBlockRows;
-  static constexpr int kWarpRows =
-      Base::kTileM / Base::kWarps < kLeastRows ? kLeastRows : Base::kTileM / Base::kWarps;
+  static constexpr int kWarpRows = max(Base::kTileM / Base::kWarps, device::kBlockRows);
   static constexpr int kRowWarps = Base::kTileM / kWarpRows;
-  static constexpr int kWarpCols = Base::kHeadDim * kRowWarps / Base::kWarps;
+  static constexpr int kColWarps = Base::kWarps / kRowWarps;
+  static constexpr int kSlice = 2 * device::kBlockCols;
 
   using Scores = device::Accumulator<kWarpRows, Base::kTileN>;
-  using Out = device::Accumulator<kWarpRows, kWarpCols>;
+  using Out =
+      device::Accumulator<kWarpRows, Base::kHeadDim / kColWarps, kSlice * kColWarps>;
 
   struct SharedMemory {
     typename Base::template Rows<Base::kTileM> q;
-    typename Base::template Rows<Base::kTileN> k[Base::kStages];
-    typename Base::template Rows<Base::kTileN> v[Base::kStages];
+    typename Base::template Rows<Base::kTileN> k[kStages];
+    typename Base::template Rows<Base::kTileN> v[kStages];
   };
   static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
 };
@@ -78,12 +80,12 @@ struct BwdTraits : Traits<kRow> {
   struct SharedMemory {
     typename Base::template Rows<Base::kTileN> k;
     typename Base::template Rows<Base::kTileN> v;
-    Queries queries[Base::kStages];
+    Queries queries[kStages];
     Scores p;
     Scores ds;
-    Statistics statistics[Base::kStages];
+    Statistics statistics[kStages];
   };
-  static_assert(sizeof(SharedMemory) - Base::kConfig.smem_bytes() < alignof(SharedMemory));
+  static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
 };
 
 }  // namespace fa::sm80

@@ -47,53 +47,51 @@ __global__ void __launch_bounds__(kThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0 && workspace.ticket() != nullptr) {
     *workspace.ticket() = 0;
   }
-  for (int64_t work = blockIdx.x; work < scheduler.count(); work += gridDim.x) {
-    const WorkTile tile = scheduler.at(work);
-    const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
-    const int first_query = tile.tile * workspace.tile_m;
-    if (first_query >= sequence.length) {
-      continue;
-    }
-    const int64_t index = workspace.index(
-        tile.head, tile.tile + params.queries.first_tile(tile.batch, params.shape.seqlen_q,
-                                                         workspace.tile_m));
+  const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
+  const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
+  const int first_query = tile.tile * workspace.tile_m;
+  if (first_query >= sequence.length) {
+    return;
+  }
+  const int64_t index = workspace.index(
+      tile.head, tile.tile + params.queries.first_tile(tile.batch, params.shape.seqlen_q,
+                                                       workspace.tile_m));
 
-    for (int row = static_cast<int>(threadIdx.x) / kLanesPerRow; row < workspace.tile_m;
-         row += kRowsPerStep) {
-      const int query = first_query + row;
-      const int64_t g_row = sequence.begin + query;
-      const bool exists = query < sequence.length;
-      const float lse = exists ? params.softmax_lse.row<float>(tile.batch, tile.head)[g_row]
-                               : -INFINITY;
-      float delta = 0.0f;
-      if (exists) {
-        delta = row_dot(params.out.row<const Element>(tile.batch, g_row, tile.head),
-                        params.dout.row<const Element>(tile.batch, g_row, tile.head),
-                        params.shape.head_dim);
-      }
+  for (int row = static_cast<int>(threadIdx.x) / kLanesPerRow; row < workspace.tile_m;
+       row += kRowsPerStep) {
+    const int query = first_query + row;
+    const int64_t g_row = sequence.begin + query;
+    const bool exists = query < sequence.length;
+    const float lse = exists ? params.softmax_lse.row<float>(tile.batch, tile.head)[g_row]
+                             : -INFINITY;
+    float delta = 0.0f;
+    if (exists) {
+      delta = row_dot(params.out.row<const Element>(tile.batch, g_row, tile.head),
+                      params.dout.row<const Element>(tile.batch, g_row, tile.head),
+                      params.shape.head_dim);
+    }
 #pragma unroll
-      for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) {
-        delta += __shfl_xor_sync(~0u, delta, distance);
-      }
-      if (threadIdx.x % kLanesPerRow == 0) {
-        if (exists && params.dlse.data != nullptr) {
-          delta -= params.dlse.row<float>(tile.batch, tile.head)[g_row];
-        }
-        // +inf makes every p = exp2(score - lse) of a row that sees no key exactly 0.
-        const bool sees_a_key = lse != -INFINITY;
-        workspace.lse_log2(index)[row] = sees_a_key ? lse * kLog2E : INFINITY;
-        workspace.delta(index)[row] = sees_a_key ? delta : 0.0f;
-      }
+    for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) {
+      delta += __shfl_xor_sync(~0u, delta, distance);
     }
+    if (threadIdx.x % kLanesPerRow == 0) {
+      if (exists && params.dlse.data != nullptr) {
+        delta -= params.dlse.row<float>(tile.batch, tile.head)[g_row];
+      }
+      // +inf makes every p = exp2(score - lse) of a row that sees no key exactly 0.
+      const bool sees_a_key = lse != -INFINITY;
+      workspace.lse_log2(index)[row] = sees_a_key ? lse * kLog2E : INFINITY;
+      workspace.delta(index)[row] = sees_a_key ? delta : 0.0f;
+    }
+  }
 
-    auto* g_dq_sum = reinterpret_cast<float4*>(workspace.dq_sum(index));
-    for (int i = static_cast<int>(threadIdx.x); i < workspace.tile_m * workspace.head_dim / 4;
-         i += kThreads) {
-      g_dq_sum[i] = {};
-    }
-    if (threadIdx.x == 0 && workspace.turn(index) != nullptr) {
-      *workspace.turn(index) = 0;
-    }
+  auto* g_dq_sum = reinterpret_cast<float4*>(workspace.dq_sum(index));
+  for (int i = static_cast<int>(threadIdx.x); i < workspace.tile_m * workspace.head_dim / 4;
+       i += kThreads) {
+    g_dq_sum[i] = {};
+  }
+  if (threadIdx.x == 0 && workspace.turn(index) != nullptr) {
+    *workspace.turn(index) = 0;
   }
 }
 

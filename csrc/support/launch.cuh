@@ -13,8 +13,8 @@
 
 namespace fa::support {
 
-// Blocks of one launch; kernels stride over more work. Far more than run at a time, and few enough
-// that the stride is testable.
+// Blocks of one launch, one for each work item. Far more than run at a time, and few enough that
+// further launches are testable.
 inline constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 // Dynamic shared memory that needs no opt-in.
@@ -40,17 +40,17 @@ void opt_in_to_smem(size_t smem_bytes) {
   done.fetch_or(bit, std::memory_order_release);
 }
 
-// kKernel(params, scheduler) over all work items; nothing is launched where there is none.
+// kKernel(params, scheduler) with a block for each work item.
 template <auto kKernel, typename Params>
-void launch(const char* name, const Params& params, const TileScheduler& scheduler, int threads,
+void launch(const char* name, const Params& params, TileScheduler scheduler, int threads,
             size_t smem_bytes, void* stream) {
-  if (scheduler.count() == 0) {
-    return;
-  }
   opt_in_to_smem<kKernel>(smem_bytes);
-  const auto blocks = static_cast<unsigned>(min(scheduler.count(), kMaxBlocks));
-  kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
-  check_cuda(cudaGetLastError(), "launch ", name);
+  for (; scheduler.first < scheduler.count(); scheduler.first += kMaxBlocks) {
+    const auto blocks =
+        static_cast<unsigned>(min(scheduler.count() - scheduler.first, kMaxBlocks));
+    kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
+    check_cuda(cudaGetLastError(), "launch ", name);
+  }
 }
 
 }  // namespace fa::support
