@@ -1,8 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Times attention against torch's own, provider by provider on the same tensors, and writes CSV.
+"""Times attention beside its peers, in turn on the same tensors, and writes CSV.
 
-python benchmarks/bench.py --out benchmarks/results/cpu.csv
-python benchmarks/bench.py --device cuda --dtype bfloat16 --seqlens 512 2048 8192
+python benchmarks/bench.py --out dense.csv && python benchmarks/report.py dense.csv
+python benchmarks/bench.py --device cpu --seqlens 512
+python benchmarks/bench.py --suites host memory --providers flash_attn_cuda sdpa_flash
+
+dense   time on the device of the forward pass without gradients and of the backward pass alone;
+        batch is tokens / seqlen, heads are hidden / head_dim
+host    time of the host per call at batch 1, seqlen 128, 8 heads, head_dim 64, causal: forward
+        without gradients (fwd), forward with them (fwd_grad), forward and backward (fwd_bwd)
+memory  peak memory of forward and backward at batch 1, gradients and output included
+
+A provider that cannot run a row keeps the row, with the reason as its status. TFLOP/s count
+4 * batch * heads * seqlen^2 * head_dim forward, 2.5 times that backward, and half of it for causal.
 """
 
 from __future__ import annotations
@@ -10,135 +20,249 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
+import providers
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.benchmark import Timer
+from timing import device_times, host_times, peak_mib, quantiles
+from torch import Tensor
 from tqdm import tqdm
 
 import flash_attn_cuda
-from flash_attn_cuda.reference import standard_attention
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
-
-
-def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    return flash_attn_cuda.flash_attn_func(q, k, v, causal=causal)
-
-
-def sdpa_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
-
-
-def standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    return standard_attention(q, k, v, causal=causal)
-
-
-PROVIDERS: dict[str, Attention] = {
-    "flash_attn_cuda": ours,
-    "sdpa_flash": sdpa_flash,
-    "standard": standard,
+COLUMNS = (
+    *("suite", "pass", "head_dim", "seqlen", "batch", "heads", "heads_kv", "causal", "dtype"),
+    *("provider", "status", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "regime"),
+    *("gpu", "sm_clock_mhz", "power_w", "torch", "cuda", "version", "commit"),
+)
+SUITES = ("dense", "host", "memory")
+REGIMES = {"burst": (25, 100), "sustained": (250, 1000)}  # ms of warming up and of measuring
+DEFAULTS: dict[str, dict[str, object]] = {
+    "cuda": {
+        "dtype": "bfloat16",
+        "tokens": 16384,
+        "hidden": 2048,
+        "seqlens": [512, 1024, 2048, 4096, 8192, 16384],
+    },
+    "cpu": {"dtype": "float32", "tokens": 2048, "hidden": 512, "seqlens": [512, 1024, 2048]},
 }
+HOST_PASSES = ("fwd", "fwd_grad", "fwd_bwd")
+HOST_CALLS = {"cuda": (200, 20), "cpu": (20, 5)}  # calls between synchronisations, repeats
 
 
-def measure(run: Callable[[], object], seconds: float) -> tuple[float, float, float]:
-    """Seconds of one run: the 20th, 50th and 80th percentile."""
-    times = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    measured = torch.tensor(
-        times.blocked_autorange(min_run_time=seconds).times, dtype=torch.float64
-    )
-    p20, p50, p80 = torch.quantile(measured, quantiles).tolist()
-    return p20, p50, p80
+@dataclass(frozen=True)
+class Case:
+    """One row of the CSV, before it is measured."""
+
+    suite: str
+    pass_name: str
+    head_dim: int
+    seqlen: int
+    batch: int
+    heads: int
+    causal: bool
+    provider: str = ""
+
+    @property
+    def flops(self) -> float:
+        forward = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
+        return forward * (2.5 if self.pass_name == "bwd" else 1.0) * (0.5 if self.causal else 1.0)
 
 
-def environment(device: str) -> dict[str, str]:
-    on_cuda = device == "cuda"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Providers in turn on each problem, another one first each time."""
+    for index, case in enumerate(problems(options)):
+        first = index % len(options.providers)
+        for provider in options.providers[first:] + options.providers[:first]:
+            yield replace(case, provider=provider)
+
+
+def problems(options: argparse.Namespace) -> Iterator[Case]:
+    for suite in options.suites:
+        if suite == "host":
+            yield from (Case(suite, name, 64, 128, 1, 8, True) for name in HOST_PASSES)
+            continue
+        names = options.passes if suite == "dense" else ["fwd_bwd"]
+        for head_dim, seqlen in itertools.product(options.head_dims, options.seqlens):
+            batch = max(1, options.tokens // seqlen) if suite == "dense" else 1
+            heads = options.hidden // head_dim
+            for causal, name in itertools.product(options.causal, names):
+                yield Case(suite, name, head_dim, seqlen, batch, heads, causal == "yes")
+
+
+@lru_cache(maxsize=1)
+def tensors(shape: tuple[int, ...], device: str, dtype: str) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output, (batch, seqlen, heads, head_dim) each."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = {"generator": generator, "device": device, "dtype": getattr(torch, dtype)}
+    return tuple(torch.randn(shape, **draw) for _ in range(4))
+
+
+def row(case: Case, options: argparse.Namespace) -> dict[str, object]:
+    described: dict[str, object] = {
+        "suite": case.suite,
+        "pass": case.pass_name,
+        "head_dim": case.head_dim,
+        "seqlen": case.seqlen,
+        "batch": case.batch,
+        "heads": case.heads,
+        "heads_kv": case.heads,
+        "causal": "yes" if case.causal else "no",
+        "dtype": options.dtype,
+        "provider": case.provider,
+        "regime": options.regime if case.suite == "dense" else "",
+    }
+    if case.provider == "eager" and case.seqlen > options.eager_max_seqlen:
+        return described | {"status": "left out by --eager-max-seqlen"}
+    with warnings.catch_warnings(record=True) as told:  # SDPA says there why a backend cannot run
+        warnings.simplefilter("always")
+        try:
+            measured = measure(case, options)
+        except (torch.OutOfMemoryError, MemoryError):
+            measured = {"status": "out of memory"}
+        except Exception as error:
+            measured = {"status": reason(error, [str(warning.message) for warning in told])}
+    if options.device == "cuda":
+        torch.cuda.empty_cache()  # standard attention can leave no room for loading a kernel
+    return described | measured
+
+
+def reason(error: Exception, told: list[str]) -> str:
+    if "can't allocate memory" in str(error):  # how torch's CPU allocator puts it
+        return "out of memory"
+    causes = [text.split(" (Triggered internally")[0] for text in told]
+    lines = [f"{type(error).__name__}: {error}".split("\n")[0], *dict.fromkeys(causes)]
+    return f"cannot run: {' '.join(' '.join(lines).split())}"[:300]
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, object]:
+    provider = providers.load(case.provider)
+    shape = (case.batch, case.seqlen, case.heads, case.head_dim)
+    *qkv, dout = map(provider.view, tensors(shape, options.device, options.dtype))
+    with_grad = case.pass_name != "fwd"
+    q, k, v = (x.requires_grad_(with_grad) for x in qkv)
+
+    def forward() -> Tensor:
+        return provider.attention(q, k, v, case.causal)
+
+    def forward_backward() -> None:
+        torch.autograd.backward(forward(), dout)
+
+    def drop_gradients() -> None:
+        q.grad = k.grad = v.grad = None
+
+    with torch.set_grad_enabled(with_grad), provider.context():
+        if case.suite == "memory":
+            if options.device != "cuda":
+                raise NotImplementedError("peak memory is counted on CUDA only")
+            return {"status": "ok", "peak_mib": f"{peak_mib(forward_backward, drop_gradients):.1f}"}
+        if case.suite == "host":
+            run = forward_backward if case.pass_name == "fwd_bwd" else forward
+            calls, repeats = HOST_CALLS[options.device]
+            times, status = host_times(run, drop_gradients, options.device, calls, repeats)
+            return {"status": status, **milliseconds(times)}
+        out = forward()
+
+        def backward() -> None:
+            torch.autograd.backward(out, dout, retain_graph=True)
+
+        run = forward if case.pass_name == "fwd" else backward
+        times, state = device_times(run, drop_gradients, options.device, *REGIMES[options.regime])
+    clock, power = ("", "") if state is None else (f"{state[0]}", f"{state[1]:.0f}")
     return {
-        "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or "cpu",
-        "isa": "" if on_cuda else str(flash_attn_cuda.build_info()["cpu_isa"]),
-        "threads": "" if on_cuda else str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "version": flash_attn_cuda.__version__,
-        "commit": commit.stdout.strip(),
+        "status": "ok",
+        **milliseconds(times),
+        "tflops": f"{case.flops / quantiles(times)[1] / 1e9:.4g}",
+        "sm_clock_mhz": clock,
+        "power_w": power,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--seqlens", type=int, nargs="+", default=[2048])
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--seconds", type=float, default=2.0, help="measured per row")
-    parser.add_argument("--out", type=argparse.FileType("w"), default=sys.stdout)
-    options = parser.parse_args()
+def milliseconds(times: list[float]) -> dict[str, str]:
+    names = ("p20_ms", "p50_ms", "p80_ms")
+    return {name: f"{time:.5g}" for name, time in zip(names, quantiles(times), strict=True)}
 
-    rows = []
-    cases = list(itertools.product(options.seqlens, [False, True], options.providers))
-    for seqlen, causal, provider in tqdm(cases, unit="case"):
-        shape = (options.batch, seqlen, options.heads, options.head_dim)
-        inputs = [
-            torch.randn(
-                shape,
-                device=options.device,
-                dtype=getattr(torch, options.dtype),
-                generator=torch.Generator(options.device).manual_seed(index),
-            ).requires_grad_()
-            for index in range(4)
-        ]
-        q, k, v, dout = inputs
-        attention = PROVIDERS[provider]
 
-        def forward() -> torch.Tensor:
-            with torch.no_grad():
-                return attention(q, k, v, causal)  # noqa: B023
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    on_cuda = options.device == "cuda"
+    cpu = f"none: CPU, {flash_attn_cuda.build_info()['cpu_isa']}, {torch.get_num_threads()} threads"
+    return {
+        "gpu": torch.cuda.get_device_name() if on_cuda else cpu,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "" if on_cuda else "",
+        "version": flash_attn_cuda.__version__,
+        "commit": options.commit if options.commit is not None else head_commit(),
+    }
 
-        out = attention(q, k, v, causal)
 
-        def backward() -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # noqa: B023
+def head_commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
-        flops = 4 * options.batch * options.heads * seqlen**2 * options.head_dim
-        for pass_name, run, factor in (("fwd", forward, 1.0), ("bwd", backward, 2.5)):
-            p20, p50, p80 = measure(run, options.seconds)
-            rows.append(
-                {
-                    "pass": pass_name,
-                    "provider": provider,
-                    "causal": causal,
-                    "dtype": options.dtype,
-                    "batch": options.batch,
-                    "seqlen": seqlen,
-                    "heads": options.heads,
-                    "head_dim": options.head_dim,
-                    "p20_ms": f"{1e3 * p20:.3f}",
-                    "p50_ms": f"{1e3 * p50:.3f}",
-                    "p80_ms": f"{1e3 * p80:.3f}",
-                    "tflops": f"{factor * flops * (0.5 if causal else 1.0) / p50 / 1e12:.4f}",
-                    **environment(options.device),
-                }
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suites", nargs="+", choices=SUITES, default=["dense"], help="default: dense")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default: cuda, else cpu")
+    dtypes = ("bfloat16", "float16", "float32", "float64")
+    add("--dtype", choices=dtypes, help="default: bfloat16 on CUDA, float32 on the CPU")
+    add("--head-dims", type=int, nargs="+", default=[64, 128, 256], help="default: 64 128 256")
+    add("--seqlens", type=int, nargs="+", help="default: 512 to 16384 on CUDA, to 2048 on the CPU")
+    add("--causal", nargs="+", choices=("no", "yes"), default=["no", "yes"], help="default: both")
+    add("--passes", nargs="+", choices=("fwd", "bwd"), default=["fwd", "bwd"], help="of dense")
+    add("--tokens", type=int, help="batch * seqlen; default: 16384 on CUDA, 2048 on the CPU")
+    add("--hidden", type=int, help="heads * head_dim; default: 2048 on CUDA, 512 on the CPU")
+    add("--providers", nargs="+", choices=providers.NAMES, help="default: all that are installed")
+    add("--eager-max-seqlen", type=int, default=sys.maxsize, help="longest that eager gets")
+    regimes = "burst: 0.1 s a row and provider; sustained: 1 s, the GPU at its power limit"
+    add("--regime", choices=tuple(REGIMES), default="burst", help=regimes)
+    add("--out", type=Path, help="default: standard output")
+    add("--commit", help="what to write as commit; default: what git says")
+    options = parser.parse_args(arguments)
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.providers = options.providers or providers.present()
+    if any(options.hidden % head_dim for head_dim in options.head_dims):
+        parser.error(f"--hidden {options.hidden} is no multiple of every head_dim")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    constants = environment(options)
+    failed = 0
+    with ExitStack() as stack:
+        out = stack.enter_context(options.out.open("w", newline="")) if options.out else sys.stdout
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        progress = tqdm(list(cases(options)), unit="row")
+        for case in progress:
+            progress.set_postfix_str(
+                f"{case.suite} {case.pass_name} {case.provider}", refresh=False
             )
-    writer = csv.DictWriter(options.out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+            written = row(case, options) | constants
+            writer.writerow(written)
+            out.flush()
+            failed += written["status"] != "ok"
+    if failed:
+        print(f"{failed} rows are not ok: see their status", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def _fwd_fake(
     softmax_scale: float | None,
     window_left: int,
     window_right: int,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     check_alike(q, k, v)
     batch, seqlen_q, heads, _ = q.shape
@@ -86,12 +87,13 @@ def _bwd_fake(
     softmax_scale: float | None,
     window_left: int,
     window_right: int,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.softmax_scale, ctx.window_left, ctx.window_right = inputs
+    q, k, v, *ctx.options = inputs
     out, softmax_lse = output
     ctx.save_for_backward(q, k, v, out, softmax_lse)
     ctx.set_materialize_grads(False)
@@ -102,16 +104,15 @@ def _gradients(
     ctx: Any,
     dout: Tensor | None,
     dlse: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+) -> tuple[Tensor | None, ...]:
+    no_gradients = [None] * len(ctx.options)
     if dout is None and dlse is None:
-        return None, None, None, None, None, None
+        return None, None, None, *no_gradients
     q, k, v, out, softmax_lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv = run_bwd(
-        dout, dlse, q, k, v, out, softmax_lse, ctx.softmax_scale, ctx.window_left, ctx.window_right
-    )
-    return dq, dk, dv, None, None, None
+    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, *ctx.options)
+    return dq, dk, dv, *no_gradients
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -183,6 +184,7 @@ def attention(
     softmax_scale: float | None,
     window_left: int,
     window_right: int,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp; both are differentiable.
 
@@ -192,15 +194,14 @@ def attention(
         softmax_scale: factor of q @ k^T; None is head_dim ** -0.5.
         window_left, window_right: keys seen before and after the bottom-right aligned diagonal; -1
             is unbounded.
+        deterministic: gradients are the same bits whenever they are computed.
 
     Returns:
         out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
         natural log.
     """
+    run: Callable[..., Any] = _Forward.apply if torch.is_grad_enabled() else _Forward.forward
     if torch.compiler.is_compiling():
-        out, softmax_lse = _fwd(q, k, v, softmax_scale, window_left, window_right)
-        return out, softmax_lse
-    with_gradients = torch.is_grad_enabled()
-    run: Callable[..., Any] = _Forward.apply if with_gradients else _Forward.forward
-    out, softmax_lse = run(q, k, v, softmax_scale, window_left, window_right)
+        run = _fwd
+    out, softmax_lse = run(q, k, v, softmax_scale, window_left, window_right, deterministic)
     return out, softmax_lse

@@ -50,9 +50,8 @@ def flash_attn_func(
     ``(left, right) = window_size``. A query that sees no key has output 0, LSE -inf, gradient 0.
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim). float64, float32, bfloat16 or float16 and head_dim up
-            to 512 on the CPU; bfloat16 or float16 and head_dim up to 128 on CUDA, where
-            torch.autocast casts float32. Any strides.
+        q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16 or float16, on the CPU
+            float32 or float64 too; on CUDA torch.autocast casts float32. Any strides.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (grouped-query attention).
         v: like k.
         dropout_p: only 0.0 for now.
@@ -61,7 +60,9 @@ def flash_attn_func(
         window_size: (left, right), in keys; -1 is unbounded.
         softcap: only 0.0 for now.
         alibi_slopes: only None for now.
-        deterministic: every kernel is deterministic at present, so both values do the same.
+        deterministic: gradients are the same bits at every run, somewhat slower; also where
+            torch.use_deterministic_algorithms() is on. Otherwise the backward pass on CUDA adds up
+            dq, in float32, in whatever order its blocks finish. All else is always deterministic.
         return_attn_probs: return (out, softmax_lse, S_dmask) as flash-attn does, whatever
             return_lse says; S_dmask is empty without dropout.
         return_lse: return (out, softmax_lse); softmax_lse is (batch, heads, seqlen_q), float32
@@ -100,7 +101,10 @@ def flash_attn_func(
     _check_arguments(q, k, v, softmax_scale)
     q, k, v = _autocast(q, k, v)
     window_left, window_right = _window(causal, window_size)
-    out, softmax_lse = _ops.attention(q, k, v, softmax_scale, window_left, window_right)
+    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
+    out, softmax_lse = _ops.attention(
+        q, k, v, softmax_scale, window_left, window_right, deterministic
+    )
     if return_attn_probs:
         return out, softmax_lse, q.new_empty(0)
     return (out, softmax_lse) if return_lse else out

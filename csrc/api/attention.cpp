@@ -18,13 +18,36 @@ double resolve_scale(std::optional<double> softmax_scale, const Shape& shape) {
   return scale;
 }
 
+// Gives the backward pass its workspace: memory that the returned tensor owns.
+Tensor add_workspace(BwdParams& params, const Tensor& q, const KernelConfig& config,
+                     bool deterministic) {
+  const Shape& shape = params.shape;
+  if (q.is_cpu()) {
+    Tensor delta =
+        empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, statistics_dtype(config.dtype));
+    params.delta = row_statistics(delta);
+    return delta;
+  }
+  const int64_t tiles =
+      params.queries.count_tiles(shape.batch, shape.seqlen_q, shape.seqlen_q, config.tile_m);
+  const int64_t all_tiles = tiles * shape.num_heads;
+  const bool in_turn = deterministic && all_tiles > 0;  // without queries nothing is added to dq
+  Tensor memory = empty({BwdWorkspace::floats(all_tiles, config.tile_m, config.head_dim, in_turn)},
+                        q, torch::headeronly::ScalarType::Float);
+  params.workspace =
+      BwdWorkspace::in(static_cast<float*>(memory.mutable_data_ptr()), shape.num_heads, tiles,
+                       config.tile_m, config.head_dim, in_turn);
+  return memory;
+}
+
 }  // namespace
 
 // q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim)
-// -> out like q, softmax_lse (batch, heads, seqlen_q).
+// -> out like q, softmax_lse (batch, heads, seqlen_q). The forward pass is always deterministic;
+// the argument is for autograd, which hands it on to the backward pass.
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
                                    std::optional<double> softmax_scale, int64_t window_left,
-                                   int64_t window_right) {
+                                   int64_t window_right, bool /*deterministic*/) {
   Shape shape = check_qkv(q, k, v);
   const WindowMask window = check_window(shape, window_left, window_right);
   const double scale = resolve_scale(softmax_scale, shape);
@@ -47,7 +70,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
                      .k = view(k_readable),
                      .v = view(v_readable),
                      .out = view(out),
-                     .softmax_lse = softmax_lse.mutable_data_ptr()},
+                     .softmax_lse = row_statistics(softmax_lse)},
            q, row);
   }
   return {without_padding(out, head_dim), softmax_lse};
@@ -58,7 +81,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
                                             Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
                                             std::optional<double> softmax_scale,
-                                            int64_t window_left, int64_t window_right) {
+                                            int64_t window_left, int64_t window_right,
+                                            bool deterministic) {
   Shape shape = check_qkv(q, k, v);
   const WindowMask window = check_window(shape, window_left, window_right);
   const double scale = resolve_scale(softmax_scale, shape);
@@ -73,7 +97,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   const int head_dim = shape.head_dim;
   shape.head_dim = kernel_head_dim(q, head_dim);
   const auto dtype = q.scalar_type();
-  const auto row_dtype = statistics_dtype(table::kRows[row].dtype);
   Tensor dq = empty({shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q, dtype);
   Tensor dk = empty({shape.batch, shape.seqlen_k, shape.num_heads_kv, shape.head_dim}, q, dtype);
   Tensor dv = empty({shape.batch, shape.seqlen_k, shape.num_heads_kv, shape.head_dim}, q, dtype);
@@ -85,8 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     const Tensor dout_readable = readable(dout);
     const Tensor lse_readable = make_contiguous(softmax_lse);
     const Tensor dlse_readable = dlse.has_value() ? make_contiguous(*dlse) : lse_readable;
-    const Tensor delta = empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, row_dtype);
-    launch(BwdParams{.shape = shape,
+    BwdParams params{.shape = shape,
                      .window = window,
                      .softmax_scale = scale,
                      .q = view(q_readable),
@@ -94,13 +116,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
                      .v = view(v_readable),
                      .out = view(out_readable),
                      .dout = view(dout_readable),
-                     .softmax_lse = lse_readable.const_data_ptr(),
-                     .dlse = dlse.has_value() ? dlse_readable.const_data_ptr() : nullptr,
-                     .delta = delta.mutable_data_ptr(),
                      .dq = view(dq),
                      .dk = view(dk),
-                     .dv = view(dv)},
-           q, row);
+                     .dv = view(dv),
+                     .softmax_lse = row_statistics(lse_readable)};
+    if (dlse.has_value()) {
+      params.dlse = row_statistics(dlse_readable);
+    }
+    const Tensor workspace = add_workspace(params, q, table::kRows[row], deterministic);
+    launch(params, q, row);
   }
   return {without_padding(dq, head_dim), without_padding(dk, head_dim),
           without_padding(dv, head_dim)};
@@ -111,12 +135,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
 STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
   library.def(
       "fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, SymInt "
-      "window_right) "
+      "window_right, bool deterministic) "
       "-> (Tensor out, Tensor softmax_lse)");
   library.def(
       "bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
       "softmax_lse, "
-      "float? softmax_scale, SymInt window_left, SymInt window_right) "
+      "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 

@@ -4,6 +4,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "common/check.h"
 
 namespace fa::api {
@@ -51,6 +54,8 @@ void launch_row(void (*kernel)(const Params&, const LaunchContext&), const Param
   kernel(params, {.stream = current_cuda_stream(device_index)});
 }
 
+std::atomic<int64_t> g_smem_limit = 0;
+
 }  // namespace
 
 CudaDevice cuda_device(int device_index) {
@@ -58,8 +63,14 @@ CudaDevice cuda_device(int device_index) {
         "this build of flash_attn_cuda has no CUDA kernels; reinstall it from source where nvcc "
         "(CUDA "
         "12.8 or newer) is on PATH or CUDA_HOME is set");
-  return registry().query_cuda_device(device_index);
+  CudaDevice device = registry().query_cuda_device(device_index);
+  if (const int64_t limit = g_smem_limit; limit != 0) {
+    device.smem_opt_in = std::min(device.smem_opt_in, limit);
+  }
+  return device;
 }
+
+void limit_shared_memory(int64_t bytes) { g_smem_limit = bytes; }
 
 Problem problem_for(Pass pass, const Tensor& q, const Shape& shape, const WindowMask& window) {
   return {.pass = pass,

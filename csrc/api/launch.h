@@ -12,6 +12,10 @@ namespace fa::api {
 // with it.
 CudaDevice cuda_device(int device_index);
 
+// For tests: from here on cuda_device() tells of no more shared memory than this many bytes, so
+// that the kernels for smaller devices are chosen. 0: as much as there is.
+void limit_shared_memory(int64_t bytes);
+
 Problem problem_for(Pass pass, const Tensor& q, const Shape& shape, const WindowMask& window);
 
 void launch(const FwdParams& params, const Tensor& q, int row);

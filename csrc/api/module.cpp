@@ -37,6 +37,7 @@ py::dict row_to_dict(int row) {
   fields["tile_m"] = config.tile_m;
   fields["tile_n"] = config.tile_n;
   fields["warps"] = config.warps;
+  fields["blocks"] = config.blocks;
   fields["smem_bytes"] = config.smem_bytes();
   fields["built"] = registry().kernels[row].present();
   return fields;
@@ -143,6 +144,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("kernel_resources", fa::api::kernel_resources);
   module.def("runs_on", fa::runs_on, py::arg("architectures"), py::arg("compute_capability"));
   module.def("query_cuda_device", fa::api::query_cuda_device, py::arg("device_index"));
+  module.def("limit_shared_memory", fa::api::limit_shared_memory, py::arg("bytes"));
   module.def("select_cpu_isa", fa::cpu::select_isa, py::arg("name"));
   module.def("explain", fa::api::explain, py::kw_only(), py::arg("pass_name"), py::arg("dtype"),
              py::arg("head_dim"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"),

@@ -223,4 +223,9 @@ TensorView view(const Tensor& tensor) {
           .head_stride = tensor.stride(2)};
 }
 
+RowStatistics row_statistics(const Tensor& tensor) {
+  return {
+      .data = tensor.data_ptr(), .batch_stride = tensor.stride(0), .head_stride = tensor.stride(1)};
+}
+
 }  // namespace fa::api

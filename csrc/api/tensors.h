@@ -59,4 +59,7 @@ Tensor without_padding(const Tensor& tensor, int head_dim);
 
 TensorView view(const Tensor& tensor);
 
+// Of a contiguous (batch, heads, seqlen_q) tensor.
+RowStatistics row_statistics(const Tensor& tensor);
+
 }  // namespace fa::api

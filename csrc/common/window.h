@@ -82,6 +82,10 @@ class WindowMask {
                       seqlen_q_);
   }
 
+  // A query i sees the keys j of its sequence with lowest() <= j - i <= highest().
+  FA_HOST_DEVICE constexpr int lowest() const { return offset() - left_; }
+  FA_HOST_DEVICE constexpr int highest() const { return offset() + right_; }
+
   FA_HOST_DEVICE constexpr int seqlen_q() const { return seqlen_q_; }
   FA_HOST_DEVICE constexpr int seqlen_k() const { return seqlen_k_; }
 

@@ -30,6 +30,7 @@ class BwdTiles {
 
   explicit BwdTiles(const BwdParams& params)
       : params_(params),
+        window_(params.window),
         head_dim_(params.shape.head_dim),
         scale_(static_cast<Real>(params.softmax_scale)),
         q_(kTileM, head_dim_),
@@ -42,18 +43,19 @@ class BwdTiles {
         ds_(kTileN, kTileM),
         dq_(kTileM, head_dim_) {}
 
-  void load_queries(const Rows& rows) {
+  // window: of the sequences that both the queries and the keys belong to.
+  void load_queries(const WindowMask& window, const Rows& rows) {
+    window_ = window;
     queries_ = rows;
     const int queries = rows.range.size();
     load_rows<Element>(params_.q, rows, head_dim_, scale_, q_.tile());
     load_rows<Element>(params_.dout, rows, head_dim_, Real{1}, dout_.tile());
     transpose(q_.tile(), queries, head_dim_, q_transposed_.tile());
     transpose(dout_.tile(), queries, head_dim_, dout_transposed_.tile());
-    visible_keys_.set(params_.window, rows.range);
+    visible_keys_.set(window, rows.range);
 
-    const int64_t first = params_.shape.row_statistics_offset(rows.batch, rows.head);
-    const Real* lse = static_cast<const Real*>(params_.softmax_lse) + first + rows.range.begin;
-    const Real* delta = static_cast<const Real*>(params_.delta) + first + rows.range.begin;
+    const Real* lse = params_.softmax_lse.row<Real>(rows.batch, rows.head) + rows.first();
+    const Real* delta = params_.delta.row<Real>(rows.batch, rows.head) + rows.first();
     for (int query = 0; query < kTileM; ++query) {
       // A query that sees no key, and one past the end: exp(score - inf) is 0 for any score.
       const bool sees_keys = query < queries && lse[query] != -kInfinity<Real>;
@@ -77,7 +79,7 @@ class BwdTiles {
                                               q_transposed_.tile(), p);
     multiply<Lhs::kPlain, Result::kOverwrite>(keys_.size(), columns, head_dim_, v_.tile(),
                                               dout_transposed_.tile(), ds);
-    if (needs_mask(params_.window, queries_.range, keys_)) {
+    if (needs_mask(window_, queries_.range, keys_)) {
       visible_keys_.hide(keys_, columns, -kInfinity<Real>, p);
       visible_keys_.hide(keys_, columns, 0, ds);  // may be inf, and 0 * inf is NaN
     }
@@ -122,6 +124,7 @@ class BwdTiles {
 
  private:
   const BwdParams& params_;
+  WindowMask window_;
   int head_dim_;
   Real scale_;
   Rows queries_{};
@@ -144,7 +147,11 @@ class Backward {
 
  public:
   Backward(const BwdParams& params, const LaunchContext& context)
-      : params_(params), context_(context), shape_(params.shape) {}
+      : params_(params),
+        context_(context),
+        shape_(params.shape),
+        query_tiles_(ceil_div(shape_.seqlen_q, kTileM)),
+        key_tiles_(ceil_div(shape_.seqlen_k, kTileN)) {}
 
   void run() const {
     compute_delta();
@@ -158,13 +165,17 @@ class Backward {
 
  private:
   void compute_delta() const {
-    const TileScheduler scheduler = {query_tiles(), shape_.num_heads, shape_.batch};
+    const TileScheduler scheduler = {query_tiles_, shape_.num_heads, shape_.batch};
     parallel_for(context_, scheduler.count(), [&](int64_t begin, int64_t end) {
       const TileBuffer<Real> out(kTileM, shape_.head_dim);
       const TileBuffer<Real> dout(kTileM, shape_.head_dim);
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
-        compute_delta({work.batch, work.head, queries(work.tile)}, out.tile(), dout.tile());
+        const Sequence queries = params_.queries.at(work.batch, shape_.seqlen_q);
+        const Range range = tile_range(work.tile, kTileM, queries.length);
+        if (!range.empty()) {
+          compute_delta({work.batch, work.head, queries, range}, out.tile(), dout.tile());
+        }
       }
     });
   }
@@ -172,15 +183,19 @@ class Backward {
   void compute_delta(const Rows& rows, Tile<Real> out, Tile<Real> dout) const {
     load_rows<Element>(params_.out, rows, shape_.head_dim, Real{1}, out);
     load_rows<Element>(params_.dout, rows, shape_.head_dim, Real{1}, dout);
-    const int64_t first = shape_.row_statistics_offset(rows.batch, rows.head) + rows.range.begin;
+    Real* delta = params_.delta.row<Real>(rows.batch, rows.head) + rows.first();
     for (int query = 0; query < rows.range.size(); ++query) {
       Vec<Real> sum = {};
       for (int column = 0; column < padded<Real>(shape_.head_dim); column += kLanes<Real>) {
         sum += load(out.row(query) + column) * load(dout.row(query) + column);
       }
-      const Real dlse =
-          params_.dlse == nullptr ? 0 : static_cast<const Real*>(params_.dlse)[first + query];
-      static_cast<Real*>(params_.delta)[first + query] = sum_of_lanes<Real>(sum) - dlse;
+      delta[query] = sum_of_lanes<Real>(sum);
+    }
+    if (params_.dlse.data != nullptr) {
+      const Real* dlse = params_.dlse.row<Real>(rows.batch, rows.head) + rows.first();
+      for (int query = 0; query < rows.range.size(); ++query) {
+        delta[query] -= dlse[query];
+      }
     }
   }
 
@@ -190,93 +205,104 @@ class Backward {
       Tiles tiles(params_);
       const TileBuffer<Real> dk(shape_.seqlen_k, shape_.head_dim);
       const TileBuffer<Real> dv(shape_.seqlen_k, shape_.head_dim);
+      const auto add_dk_dv = [&](int key) { tiles.add_dk_dv(dk.tile(key), dv.tile(key)); };
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
-        fill_rows<Real>(dk.tile(), shape_.seqlen_k, shape_.head_dim, 0);
-        fill_rows<Real>(dv.tile(), shape_.seqlen_k, shape_.head_dim, 0);
+        const SequencePair sequences(params_, work.batch);
+        const int seqlen_k = sequences.keys.length;
+        fill_rows<Real>(dk.tile(), seqlen_k, shape_.head_dim, 0);
+        fill_rows<Real>(dv.tile(), seqlen_k, shape_.head_dim, 0);
         for (int head = first_head(work.head); head < first_head(work.head + 1); ++head) {
-          for (int tile = 0; tile < query_tiles(); ++tile) {
-            add_query_tile({work.batch, head, queries(tile)}, tiles, dk, dv);
+          for (int query = 0; query < sequences.queries.length; query += kTileM) {
+            const Range range = {query, min(query + kTileM, sequences.queries.length)};
+            const Rows rows = {work.batch, head, sequences.queries, range};
+            compute_dq(sequences, rows, tiles, add_dk_dv);
           }
         }
-        const Rows all_keys = {work.batch, work.head, {0, shape_.seqlen_k}};
+        const Rows all_keys = {work.batch, work.head, sequences.keys, {0, seqlen_k}};
         tiles.store_dk_dv(all_keys, dk.tile(), dv.tile());
       }
     });
   }
 
-  void add_query_tile(const Rows& rows, Tiles& tiles, const TileBuffer<Real>& dk,
-                      const TileBuffer<Real>& dv) const {
-    tiles.load_queries(rows);
-    tiles.clear_dq();
-    const Range seen = params_.window.keys_seen_by_any(rows.range);
-    for (int first_key = seen.begin; first_key < seen.end; first_key += kTileN) {
-      tiles.load_keys({rows.batch, head_kv(rows.head), key_range(first_key, seen)});
-      tiles.compute_p_and_ds();
-      tiles.add_dq();
-      tiles.add_dk_dv(dk.tile(first_key), dv.tile(first_key));
-    }
-    tiles.store_dq();
-  }
-
   void run_dk_dv_by_tiles() const {
-    const int key_tiles = ceil_div(shape_.seqlen_k, kTileN);
-    const TileScheduler scheduler = {key_tiles, shape_.num_heads_kv, shape_.batch};
+    const TileScheduler scheduler = {key_tiles_, shape_.num_heads_kv, shape_.batch};
     parallel_for(context_, scheduler.count(), [&](int64_t begin, int64_t end) {
       Tiles tiles(params_);
       const TileBuffer<Real> dk(kTileN, shape_.head_dim);
       const TileBuffer<Real> dv(kTileN, shape_.head_dim);
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
-        const Range keys = tile_range(balanced(work.tile, key_tiles), kTileN, shape_.seqlen_k);
-        const Rows rows = {work.batch, work.head, keys};
-        fill_rows<Real>(dk.tile(), keys.size(), shape_.head_dim, 0);
-        fill_rows<Real>(dv.tile(), keys.size(), shape_.head_dim, 0);
-        tiles.load_keys(rows);
-        const Range seeing = params_.window.queries_seeing_any(keys);
-        for (int head = first_head(work.head); head < first_head(work.head + 1); ++head) {
-          for (int query = seeing.begin; query < seeing.end; query += kTileM) {
-            tiles.load_queries({work.batch, head, {query, min(query + kTileM, seeing.end)}});
-            tiles.compute_p_and_ds();
-            tiles.add_dk_dv(dk.tile(), dv.tile());
-          }
+        const SequencePair sequences(params_, work.batch);
+        const Range keys =
+            tile_range(balanced(work.tile, key_tiles_), kTileN, sequences.keys.length);
+        if (!keys.empty()) {
+          const Rows rows = {work.batch, work.head, sequences.keys, keys};
+          compute_dk_dv(sequences, rows, tiles, dk.tile(), dv.tile());
         }
-        tiles.store_dk_dv(rows, dk.tile(), dv.tile());
       }
     });
   }
 
+  void compute_dk_dv(const SequencePair& sequences, const Rows& rows, Tiles& tiles, Tile<Real> dk,
+                     Tile<Real> dv) const {
+    fill_rows<Real>(dk, rows.range.size(), shape_.head_dim, 0);
+    fill_rows<Real>(dv, rows.range.size(), shape_.head_dim, 0);
+    tiles.load_keys(rows);
+    const Range seeing = sequences.window.queries_seeing_any(rows.range);
+    for (int head = first_head(rows.head); head < first_head(rows.head + 1); ++head) {
+      for (int query = seeing.begin; query < seeing.end; query += kTileM) {
+        const Range range = {query, min(query + kTileM, seeing.end)};
+        tiles.load_queries(sequences.window, {rows.batch, head, sequences.queries, range});
+        tiles.compute_p_and_ds();
+        tiles.add_dk_dv(dk, dv);
+      }
+    }
+    tiles.store_dk_dv(rows, dk, dv);
+  }
+
   void run_dq_by_tiles() const {
-    const TileScheduler scheduler = {query_tiles(), shape_.num_heads, shape_.batch};
+    const TileScheduler scheduler = {query_tiles_, shape_.num_heads, shape_.batch};
     parallel_for(context_, scheduler.count(), [&](int64_t begin, int64_t end) {
       Tiles tiles(params_);
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
-        const Range rows = queries(balanced(work.tile, query_tiles()));
-        tiles.load_queries({work.batch, work.head, rows});
-        tiles.clear_dq();
-        const Range seen = params_.window.keys_seen_by_any(rows);
-        for (int first_key = seen.begin; first_key < seen.end; first_key += kTileN) {
-          tiles.load_keys({work.batch, head_kv(work.head), key_range(first_key, seen)});
-          tiles.compute_p_and_ds();
-          tiles.add_dq();
+        const SequencePair sequences(params_, work.batch);
+        const Range queries =
+            tile_range(balanced(work.tile, query_tiles_), kTileM, sequences.queries.length);
+        if (!queries.empty()) {
+          const Rows rows = {work.batch, work.head, sequences.queries, queries};
+          compute_dq(sequences, rows, tiles, [](int) {});
         }
-        tiles.store_dq();
       }
     });
   }
 
-  int query_tiles() const { return ceil_div(shape_.seqlen_q, kTileM); }
-  Range queries(int tile) const { return tile_range(tile, kTileM, shape_.seqlen_q); }
+  // With dq done for a tile of keys, add_more(first_key) may use its P and dS.
+  template <typename AddMore>
+  void compute_dq(const SequencePair& sequences, const Rows& rows, Tiles& tiles,
+                  const AddMore& add_more) const {
+    tiles.load_queries(sequences.window, rows);
+    tiles.clear_dq();
+    const Range seen = sequences.window.keys_seen_by_any(rows.range);
+    for (int key = seen.begin; key < seen.end; key += kTileN) {
+      const Range range = {key, min(key + kTileN, seen.end)};
+      tiles.load_keys({rows.batch, head_kv(rows.head), sequences.keys, range});
+      tiles.compute_p_and_ds();
+      tiles.add_dq();
+      add_more(key);
+    }
+    tiles.store_dq();
+  }
+
   int first_head(int head_kv) const { return head_kv * shape_.group_size(); }
   int head_kv(int head) const { return head / shape_.group_size(); }
-  static Range key_range(int first_key, Range seen) {
-    return {first_key, min(first_key + kTileN, seen.end)};
-  }
 
   const BwdParams& params_;
   const LaunchContext& context_;
   const Shape& shape_;
+  const int query_tiles_;  // of the longest sequence
+  const int key_tiles_;
 };
 
 template <int kRow>

@@ -98,11 +98,16 @@ class FwdWorker {
         scores_(kTileN, kTileM),
         out_(kTileM, params.shape.head_dim) {}
 
-  void run(int batch, int head, Range queries) {
+  void run(const WorkTile& work) {
     const Shape& shape = params_.shape;
-    const WindowMask& window = params_.window;
-    const int head_kv = head / shape.group_size();
-    const Rows query_rows = {batch, head, queries};
+    const SequencePair sequences(params_, work.batch);
+    const WindowMask& window = sequences.window;
+    const Range queries = tile_range(work.tile, kTileM, sequences.queries.length);
+    if (queries.empty()) {  // a sequence shorter than the longest
+      return;
+    }
+    const int head_kv = work.head / shape.group_size();
+    const Rows query_rows = {work.batch, work.head, sequences.queries, queries};
     const Real scale = static_cast<Real>(params_.softmax_scale);
 
     const Tile<Real> q = rows_.tile();
@@ -117,7 +122,7 @@ class FwdWorker {
     const Range seen = window.keys_seen_by_any(queries);
     for (int first_key = seen.begin; first_key < seen.end; first_key += kTileN) {
       const Range keys = {first_key, min(first_key + kTileN, seen.end)};
-      const Rows key_rows = {batch, head_kv, keys};
+      const Rows key_rows = {work.batch, head_kv, sequences.keys, keys};
       const Tile<Real> k = rows_.tile();
       const Tile<Real> v = v_.tile();
       const Tile<Real> scores = scores_.tile();  // (keys, queries)
@@ -152,8 +157,7 @@ class FwdWorker {
   void store_results(const OnlineSoftmax<Real, kTileM>& softmax, const Rows& rows) {
     const auto inverse_sum = [&softmax](int query) { return softmax.inverse_sum(query); };
     store_rows<Element>(out_.tile(), rows, params_.shape.head_dim, inverse_sum, params_.out);
-    Real* lse = static_cast<Real*>(params_.softmax_lse) +
-                params_.shape.row_statistics_offset(rows.batch, rows.head) + rows.range.begin;
+    Real* lse = params_.softmax_lse.row<Real>(rows.batch, rows.head) + rows.first();
     for (int query = 0; query < rows.range.size(); ++query) {
       lse[query] = softmax.lse(query);
     }
@@ -178,8 +182,7 @@ void flash_fwd(const FwdParams& params, const LaunchContext& context) {
     FwdWorker<kConfig.dtype, kConfig.tile_m, kConfig.tile_n> worker(params);
     for (int64_t index = begin; index < end; ++index) {
       const WorkTile work = scheduler.at(index);
-      const int tile = balanced(work.tile, tiles);
-      worker.run(work.batch, work.head, tile_range(tile, kConfig.tile_m, shape.seqlen_q));
+      worker.run({balanced(work.tile, tiles), work.head, work.batch});
     }
   });
 }

@@ -43,11 +43,27 @@ class TileBuffer {
   Real* data_;
 };
 
+// The two sequences of a batch entry, and which keys of one the queries of the other see.
+struct SequencePair {
+  template <typename Params>
+  SequencePair(const Params& params, int batch)
+      : queries(params.queries.at(batch, params.shape.seqlen_q)),
+        keys(params.keys.at(batch, params.shape.seqlen_k)),
+        window(params.window.over(queries.length, keys.length)) {}
+
+  Sequence queries;
+  Sequence keys;
+  WindowMask window;
+};
+
 // Where a tile lies in a tensor.
 struct Rows {
   int batch;
   int head;
-  Range range;
+  Sequence sequence;
+  Range range;  // within the sequence
+
+  int first() const { return sequence.begin + range.begin; }
 };
 
 // tile (rows, padded head_dim) = factor * tensor rows, zero beyond head_dim.
@@ -56,7 +72,7 @@ void load_rows(const TensorView& tensor, const Rows& rows, int head_dim, Real fa
                Tile<Real> tile) {
   const int whole = head_dim / kLanes<Real> * kLanes<Real>;
   for (int row = 0; row < rows.range.size(); ++row) {
-    const Element* source = tensor.row<Element>(rows.batch, rows.range.begin + row, rows.head);
+    const Element* source = tensor.row<Element>(rows.batch, rows.first() + row, rows.head);
     Real* target = tile.row(row);
     for (int column = 0; column < whole; column += kLanes<Real>) {
       store(target + column, load_elements(source + column) * factor);
@@ -81,7 +97,7 @@ void store_rows(Tile<Real> tile, const Rows& rows, int head_dim, const Factor& f
   const int whole = head_dim / kLanes<Real> * kLanes<Real>;
   for (int row = 0; row < rows.range.size(); ++row) {
     const Real* source = tile.row(row);
-    Element* target = tensor.row<Element>(rows.batch, rows.range.begin + row, rows.head);
+    Element* target = tensor.row<Element>(rows.batch, rows.first() + row, rows.head);
     const Real row_factor = factor(row);
     for (int column = 0; column < whole; column += kLanes<Real>) {
       store_elements(target + column, load(source + column) * row_factor);

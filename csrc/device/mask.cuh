@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Masks of a warp's tile. A row of a tile, whether a query against keys or a key against queries,
-// sees one contiguous range of columns, so a mask is a range per row.
+// Masks of a warp's tile.
 #pragma once
 
 #include "common/window.h"
@@ -12,19 +11,21 @@ FA_DEVICE constexpr bool covers(Range outer, Range inner) {
   return outer.begin <= inner.begin && inner.end <= outer.end;
 }
 
-// Sets the elements outside visible(row) to `masked`. The tile's first element is at
-// (first_row, first_col).
-template <typename Tile, typename Visible>
-FA_DEVICE void keep_visible(Tile& r_tile, int first_row, int first_col,
-                            float masked, Visible&& visible) {
-  Range r_visible[Tile::kRowsPerThread];
-#pragma unroll
-  for (int row = 0; row < Tile::kRowsPerThread; ++row) {
-    r_visible[row] = visible(first_row + accumulator_row(row));
-  }
-  r_tile.transform([&](float x, int row, int block, int i) {
-    const int col = first_col + Tile::col(block, i);
-    return r_visible[row].begin <= col && col < r_visible[row].end ? x : masked;
+// Sets the scores, (queries, keys), of keys that a query does not see to `masked`; the first is of
+// (first_query, first_key). Queries past the end do not count. Three comparisons with constants per
+// score and three registers, where a range per row would take two registers for each.
+template <typename Scores>
+FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int first_query,
+                            int first_key, float masked) {
+  const int query = first_query + accumulator_row(0);
+  const int key = first_key + Scores::col(0, 0);
+  const int above_lowest = key - query - window.lowest();
+  const int below_highest = window.highest() - (key - query);
+  const int before_end = window.seqlen_k() - key;
+  r_scores.transform([&](float score, int row, int block, int i) {
+    const int keys_on = Scores::first_col(block) + i % 2;
+    const int on = keys_on - 8 * row;
+    return above_lowest >= -on && below_highest >= on && before_end > keys_on ? score : masked;
   });
 }
 

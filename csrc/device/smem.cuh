@@ -80,9 +80,9 @@ struct SmemTile {
   }
 
   // Where the thread's first unit lies.
-  static FA_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / kUnitsPerLine; }
+  static FA_DEVICE int first_row() { return static_cast<int>(ptx::opaque(threadIdx.x)) / kUnitsPerLine; }
   static FA_DEVICE int first_col() {
-    return static_cast<int>(threadIdx.x) % kUnitsPerLine * kUnitElements;
+    return static_cast<int>(ptx::opaque(threadIdx.x)) % kUnitsPerLine * kUnitElements;
   }
 
   // Begins to copy the tile, by all kThreads of the block; ends with a wait for cp.async and a
@@ -117,12 +117,18 @@ struct SmemTile {
   // Copies the tile to global memory, by all kThreads of the block.
   template <int kThreads>
   FA_DEVICE void store(const GlobalTile<Element>& destination) const {
+    Element* g_line = destination.at(first_row(), first_col());
+    const int rows_left = destination.rows - first_row();
+    const int cols_left = destination.cols - first_col();
+    int line = 0;
     for_each_unit<kThreads>([&](int unit, int rows, int panel) {
-      const int row = first_row() + rows;
-      const int col = first_col() + panel * kPanelCols;
-      if (row < destination.rows && col < destination.cols) {
-        *reinterpret_cast<uint4*>(destination.at(row, col)) =
-            *reinterpret_cast<const uint4*>(elements + unit);
+      if (rows != line) {
+        g_line += (rows - line) * destination.row_stride;
+        line = rows;
+      }
+      const uint4 bits = *reinterpret_cast<const uint4*>(elements + unit);
+      if (rows < rows_left && panel * kPanelCols < cols_left) {
+        *reinterpret_cast<uint4*>(g_line + panel * kPanelCols) = bits;
       }
     });
   }

@@ -4,82 +4,8 @@
 #pragma once
 
 #include "device/fragment.cuh"
-#include "ptx/reduce.cuh"
 
 namespace fa::device {
-
-// How the warps of a block share a (kTileRows, kTileCols) result: each has kRows consecutive rows
-// and kCols columns, as near to a square as possible, since a warp reads rows + cols of operands for
-// rows * cols of result. Warps side by side take turns in slices of 16 columns: addresses then are
-// one register plus constants whatever kTileCols is. Where the tile is too small for all warps,
-// several compute the same, and one of them leads.
-template <int kTileRows, int kTileCols, int kWarps>
-struct WarpGrid {
-  static constexpr int kSlice = 2 * kBlockCols;
-
-  static constexpr int cols_of(int row_warps) {
-    const int cols = kTileCols * row_warps / kWarps;
-    return cols < kSlice ? kSlice : cols;
-  }
-
-  static constexpr int choose_row_warps() {
-    int best = 1;
-    int64_t least_reads = -1;
-    for (int row_warps = 1; row_warps <= kWarps; row_warps *= 2) {
-      const int rows = kTileRows / row_warps;
-      const int cols = cols_of(row_warps);
-      if (rows % kBlockRows != 0 || rows == 0 || cols % kSlice != 0) {
-        continue;
-      }
-      const int64_t reads = int64_t{rows + cols} * kTileRows * kTileCols / (rows * cols);
-      if (least_reads < 0 || reads < least_reads) {
-        best = row_warps;
-        least_reads = reads;
-      }
-    }
-    return best;
-  }
-
-  static constexpr int kRowWarps = choose_row_warps();
-  static constexpr int kRows = kTileRows / kRowWarps;
-  static constexpr int kCols = cols_of(kRowWarps);
-  static constexpr int kColWarps = kTileCols / kCols;
-  static_assert(kRowWarps * kColWarps <= kWarps && kColWarps * kCols == kTileCols);
-
-  using Sum = Accumulator<kRows, kCols, kSlice * kColWarps>;
-
-  static FA_DEVICE int row() { return ptx::warp_index() % kRowWarps * kRows; }
-  static FA_DEVICE int col() { return ptx::warp_index() / kRowWarps % kColWarps * kSlice; }
-  static FA_DEVICE bool leads() { return ptx::warp_index() < kRowWarps * kColWarps; }
-
-  // A tile of float sums in global memory that no one reads by row and column: each 16x8 block of a
-  // warp's result is 128 consecutive floats, so that whole lines are added and read.
-  static FA_DEVICE void add(float* g_sums, const Sum& r_sum) {
-    if (leads()) {
-      each_block([&](int a, int b, int offset) {
-        ptx::reduce_add_block(g_sums + offset, r_sum.r[a][b]);
-      });
-    }
-  }
-
-  static FA_DEVICE void load(const float* g_sums, Sum& r_sum) {
-    each_block(
-        [&](int a, int b, int offset) { ptx::load_block(g_sums + offset, r_sum.r[a][b]); });
-  }
-
- private:
-  template <typename Visit>
-  static FA_DEVICE void each_block(Visit&& visit) {
-    const int first = ptx::warp_index() % (kRowWarps * kColWarps) * kRows * kCols;
-#pragma unroll
-    for (int a = 0; a < Sum::kRowBlocks; ++a) {
-#pragma unroll
-      for (int b = 0; b < Sum::kColBlocks; ++b) {
-        visit(a, b, first + (a * Sum::kColBlocks + b) * kBlockRows * kBlockCols);
-      }
-    }
-  }
-};
 
 // sum += a b over kSteps depth steps. load_a(r_a, step, row_block) and load_b(r_b, step, col) fill
 // the registers of an operand, for the 16 columns of b from `col` on.

@@ -19,7 +19,8 @@ FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace&
     s_ticket = static_cast<int64_t>(atomicAdd(workspace.ticket(), 1ULL));
   }
   __syncthreads();
-  return scheduler.heads_first(s_ticket);
+  const WorkTile tile = scheduler.heads_first(s_ticket);
+  return {ptx::uniform(tile.tile), ptx::uniform(tile.head), ptx::uniform(tile.batch)};
 }
 
 // Between construction and end(), the only block that adds to a tile, and the one whose turn it is:

@@ -33,7 +33,7 @@ std::string join(const std::vector<std::string>& words) {
   return joined;
 }
 
-// The most helpful reason of all: what the rows that came nearest to running the problem lack.
+// The most helpful reason of all: what the first of the rows nearest to running the problem lacks.
 [[noreturn]] void throw_no_row(const Problem& problem) {
   const char* device = problem.on_cuda ? "CUDA" : "the CPU";
   int largest_head_dim = 0;
@@ -44,7 +44,7 @@ std::string join(const std::vector<std::string>& words) {
     if (verdict == Verdict::kHeadDim) {
       largest_head_dim = std::max(largest_head_dim, table::kRows[row].head_dim);
     }
-    if (verdict >= nearest) {
+    if (verdict > nearest) {
       nearest = verdict;
       nearest_row = row;
     }
@@ -90,7 +90,7 @@ Verdict judge(int row, const Problem& problem) {
   if (config.mask == MaskMode::kFull && !problem.full_mask) {
     return Verdict::kMask;
   }
-  if (problem.on_cuda && config.smem_bytes() > problem.device.smem_opt_in) {
+  if (problem.on_cuda && !config.fits(problem.device.smem_opt_in)) {
     return Verdict::kSharedMemory;
   }
   return registry().kernels[row].present() ? Verdict::kRuns : Verdict::kNotBuilt;
@@ -124,9 +124,9 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
     case Verdict::kMask:
       return "for full attention only";
     case Verdict::kSharedMemory:
-      return concat("needs ", config.smem_bytes(),
-                    " bytes of shared memory; a block of this device has ",
-                    problem.device.smem_opt_in);
+      return concat("needs ", config.smem_bytes(), " bytes of shared memory",
+                    config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",
+                    "; a block of this device has at most ", problem.device.smem_opt_in);
     case Verdict::kNotBuilt:
       return concat("left out of this build; rebuild with FA_HEAD_DIMS naming ", config.head_dim);
   }

@@ -22,14 +22,10 @@
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
 #include "device/work_order.cuh"
+#include "device/warp_mma.cuh"
 #include "sm80/traits.h"
 
 namespace fa::sm80 {
-
-// ds; 0 where p is, whatever dp and delta are.
-FA_DEVICE float softmax_gradient(float p, float dp, float delta) {
-  return p == 0.0f ? 0.0f : p * (dp - delta);
-}
 
 // A tile's statistics are contiguous in global memory, lse first.
 template <int kThreads, typename Statistics>
@@ -74,8 +70,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
   const auto key_rows = [&](const TensorView& view) {
-    return device::global_tile<Element>(view, sequence_k, tile.batch, first_key, tile.head,
-                                        shape.head_dim);
+    return device::global_tile<Element>(view, params.keys.at(tile.batch, shape.seqlen_k), tile.batch,
+                                        first_key, tile.head, shape.head_dim);
   };
   s.k.template load_async<kThreads>(key_rows(params.k));
   s.v.template load_async<kThreads>(key_rows(params.v));
@@ -116,6 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     const int row = ScoreGrid::row();
     const int col = ScoreGrid::col();
 
+    // One stretch of code without branches, so that exponentials run between products.
     typename ScoreGrid::Sum r_p;
     r_p.clear();
     device::accumulate_abt(r_p, s_q, row, s.k, col);
@@ -123,19 +120,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       const float lse_log2 = s_statistics.lse_log2[row + device::accumulator_row(i)];
       return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
     });
-    const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-    if (!device::covers(unmasked_queries, tile_queries)) {
-      device::keep_visible(r_p, first_query + row, first_key + col, 0.0f, [&](int query) {
-        return window.keys_seen_by_any({query, query + 1});
-      });
-    }
-
     typename ScoreGrid::Sum r_ds;  // dp, then ds
     r_ds.clear();
     device::accumulate_abt(r_ds, s_dout, row, s.v, col);
+
+    const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
+    if (!device::covers(unmasked_queries, tile_queries)) {
+      device::keep_visible(r_p, window, first_query + row, first_key + col, 0.0f);
+    }
     r_ds.transform([&](float dp, int i, int block, int j) {
       const float delta = s_statistics.delta[row + device::accumulator_row(i)];
-      return softmax_gradient(r_p.r[i / 2][block][j], dp, delta);
+      return r_p.r[i / 2][block][j] * (dp - delta);
     });
     if (ScoreGrid::leads()) {
       device::store_elements(r_p, s.p, row, col);
@@ -146,13 +141,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     typename QueryGrid::Sum r_dq;
     r_dq.clear();
     device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, QueryGrid::col());
+
     const int64_t index = workspace.index(at.head, first_tile + at.tile);
     device::InTurn in_turn(workspace, index, [&] {
       return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
     });
     QueryGrid::add(workspace.dq_sum(index), r_dq);
     in_turn.end();
-
     device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
     device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
     stage ^= 1;

@@ -16,6 +16,7 @@
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
 #include "device/softmax.cuh"
+#include "device/warp_mma.cuh"
 #include "sm80/traits.h"
 
 namespace fa::sm80 {
@@ -71,7 +72,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   s.q.template load_async<kThreads>(query_rows(params.q));
   if (!keys.empty()) {
     load_keys(params.k, keys_begin, s.k[0]);
+    ptx::cp_async_commit();
     load_keys(params.v, keys_begin, s.v[0]);
+    ptx::cp_async_commit();
   }
   if (softmax_scale < 0.0f) {
     ptx::cp_async_wait_all();
@@ -85,26 +88,36 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   int stage = 0;
   for (int first_key = keys_begin; first_key < keys.end; first_key += kTileN) {
     const int next_key = first_key + kTileN;
-    ptx::cp_async_wait_all();
+    // A block alone on its multiprocessor begins before its first v has arrived.
+    const bool is_first = Traits::kBlocks == 1 && first_key == keys_begin;
+    if (is_first) {
+      ptx::cp_async_wait_group<1>();
+    } else {
+      ptx::cp_async_wait_group<0>();
+    }
     __syncthreads();
     if (next_key < keys.end) {
       load_keys(params.k, next_key, s.k[stage ^ 1]);
       load_keys(params.v, next_key, s.v[stage ^ 1]);
     }
-    if (first_key < warp_keys.end && next_key > warp_keys.begin) {
+    ptx::cp_async_commit();
+    if (is_first || (first_key < warp_keys.end && next_key > warp_keys.begin)) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
       device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], 0);
       if (!device::covers(unmasked_keys, {first_key, next_key})) {
-        device::keep_visible(
-            r_scores, warp_query, first_key, -INFINITY,
-            [&](int query) { return window.keys_seen_by_any({query, query + 1}); });
+        device::keep_visible(r_scores, window, warp_query, first_key, -INFINITY);
       }
       typename Out::RowValues rescale;
       if (softmax.update(r_scores, rescale)) {
         r_out.scale_rows(rescale);
       }
-      device::accumulate_ab(r_out, device::to_operand<Element>(r_scores), s.v[stage], warp_col);
+      const auto r_p = device::to_operand<Element>(r_scores);
+      if (is_first) {
+        ptx::cp_async_wait_group<1>();
+        __syncthreads();
+      }
+      device::accumulate_ab(r_out, r_p, s.v[stage], warp_col);
     }
     stage ^= 1;
   }

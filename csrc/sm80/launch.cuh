@@ -25,8 +25,12 @@ template <typename Traits>
 constexpr int64_t kDqSmemBytes = sizeof(typename Traits::template Rows<Traits::kTileM>);
 
 template <typename Traits>
-void launch_backward(const BwdParams& params, const LaunchContext& context) {
+void launch_backward(const BwdParams& given, const LaunchContext& context) {
+  BwdParams params = given;
   const Shape& shape = params.shape;
+  if (shape.seqlen_q == 0) {
+    params.workspace.turns = nullptr;  // nothing to add, and no block to begin the count
+  }
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   support::launch<flash_bwd_sm80<Traits>>(
       "flash_bwd_sm80", params,

@@ -9,7 +9,7 @@
 
 #include "common/math.h"
 #include "device/smem.cuh"
-#include "device/warp_mma.cuh"
+#include "device/warp_grid.cuh"
 #include "dispatch/kernel_table.h"
 
 namespace fa::sm80 {

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_cuda import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from tests.support.arguments import LATER
@@ -19,7 +21,7 @@ SENSITIVE: dict[str, dict[str, object]] = {
     "window_size left": {"window_size": (3, -1)},
     "window_size right": {"window_size": (-1, 3)},
 }
-# Changes only what is returned, or has no effect on this device; tested elsewhere.
+# Change only what is returned, or the order of additions; tested below.
 NEUTRAL = {"deterministic", "return_attn_probs", "return_lse"}
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -78,6 +80,38 @@ def test_packed_forms_pass_their_arguments_on(device: str, argument: str) -> Non
         flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), return_lse=True, **options),
     ):
         assert all(map(torch.equal, packed, expected))
+
+
+class _Record(TorchDispatchMode):
+    """What the operators of the package are told of determinism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deterministic: list[object] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> Any:
+        if func.namespace == "flash_attn_cuda":
+            self.deterministic.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", [False, True])
+@pytest.mark.parametrize("argument", [False, True])
+def test_deterministic_reaches_both_passes(argument: bool, setting: bool) -> None:
+    qkv = _qkv("cpu")
+    torch.use_deterministic_algorithms(setting)
+    try:
+        with _Record() as record:
+            flash_attn_func(*qkv, deterministic=argument).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert record.deterministic == 2 * [argument or setting]
 
 
 def test_results_follow_the_return_arguments(device: str) -> None:

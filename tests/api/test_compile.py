@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from flash_attn_cuda import flash_attn_func
 
@@ -25,7 +27,7 @@ def _one_compilation() -> Iterator[None]:
 def _step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     # Arithmetic of PyTorch's own around the operator, but no sum over a length: the code that
     # Inductor writes for one depends on how long it is.
-    out, lse = flash_attn_func(q * 1.5, k, v, causal=True, return_lse=True)
+    out, lse = flash_attn_func(q * 1.5, k, v, causal=True, deterministic=True, return_lse=True)
     return 2 * out, lse + 1
 
 
@@ -58,6 +60,25 @@ def test_lengths_of_queries_and_keys_vary_apart(device: str) -> None:
         q = torch.randn(2, seqlen_q, 4, 16, device=device, dtype=dtype)
         k = torch.randn(2, seqlen_k, 2, 16, device=device, dtype=dtype)
         assert torch.equal(compiled(q, k, k), flash_attn_func(q, k, k))
+
+
+@pytest.mark.parametrize("setting", [False, True])
+@pytest.mark.parametrize("argument", [False, True])
+def test_deterministic_reaches_both_passes(argument: bool, setting: bool) -> None:
+    told = []
+
+    def note(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        told.extend(n.args[-1] for n in graph.graph.nodes if "flash_attn_cuda" in str(n.target))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(flash_attn_func, backend=aot_autograd(fw_compiler=note))
+    qkv = [torch.randn(2, 40, 2, 16, requires_grad=True) for _ in range(3)]
+    torch.use_deterministic_algorithms(setting)
+    try:
+        compiled(*qkv, deterministic=argument).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == 2 * [argument or setting]
 
 
 @pytest.mark.slow

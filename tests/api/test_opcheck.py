@@ -25,15 +25,16 @@ CASES = [
     Case(seqlen_k=0),
     Case(batch=0),
     Case(batch=1, seqlen_q=1, dtype="bfloat16"),
+    Case(deterministic=True),
 ]
 FWD_SCHEMA = (
     "flash_attn_cuda::fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, "
-    "SymInt window_right) -> (Tensor out, Tensor softmax_lse)"
+    "SymInt window_right, bool deterministic) -> (Tensor out, Tensor softmax_lse)"
 )
 BWD_SCHEMA = (
     "flash_attn_cuda::bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor softmax_lse, float? softmax_scale, SymInt window_left, SymInt window_right) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)"
+    "Tensor softmax_lse, float? softmax_scale, SymInt window_left, SymInt window_right, "
+    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -48,7 +49,7 @@ def test_fwd(device: str, case: Case) -> None:
     case = case.on(device)
     inputs = make_inputs(case)
     qkv = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    torch.library.opcheck(torch.ops.flash_attn_cuda.fwd.default, (*qkv, *_numbers(case)))
+    torch.library.opcheck(torch.ops.flash_attn_cuda.fwd.default, (*qkv, *_options(case)))
 
 
 @pytest.mark.parametrize("dlse", [False, True])
@@ -64,21 +65,21 @@ def test_fake_results_have_the_strides_of_real_ones(device: str, case: Case) -> 
     inputs = make_inputs(case)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_qkv = [mode.from_tensor(x) for x in (inputs.q, inputs.k, inputs.v)]
-        fake = torch.ops.flash_attn_cuda.fwd(*fake_qkv, *_numbers(case))
-    real = torch.ops.flash_attn_cuda.fwd(inputs.q, inputs.k, inputs.v, *_numbers(case))
+        fake = torch.ops.flash_attn_cuda.fwd(*fake_qkv, *_options(case))
+    real = torch.ops.flash_attn_cuda.fwd(inputs.q, inputs.k, inputs.v, *_options(case))
     for traced, computed in zip(fake, real, strict=True):
         assert traced.shape == computed.shape
         assert traced.stride() == computed.stride()
         assert traced.dtype == computed.dtype
 
 
-def _numbers(case: Case) -> tuple[float, int, int]:
+def _options(case: Case) -> tuple[float, int, int, bool]:
     left, right = case.window
-    return case.scale, left, 0 if case.causal else right
+    return case.scale, left, 0 if case.causal else right, case.deterministic
 
 
 def _bwd_arguments(case: Case) -> tuple[object, ...]:
     inputs: Inputs = make_inputs(case)
-    out, lse = torch.ops.flash_attn_cuda.fwd(inputs.q, inputs.k, inputs.v, *_numbers(case))
+    out, lse = torch.ops.flash_attn_cuda.fwd(inputs.q, inputs.k, inputs.v, *_options(case))
     dlse = inputs.dlse
-    return inputs.dout, dlse, inputs.q, inputs.k, inputs.v, out, lse, *_numbers(case)
+    return inputs.dout, dlse, inputs.q, inputs.k, inputs.v, out, lse, *_options(case)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// TileScheduler visits every work tile once, and counts further than 32 bits reach.
+// TileScheduler visits every work tile once in each of its orders, and counts further than 32 bits
+// reach. QueryTiles visits the tiles of a range, head by head.
 #include "common/scheduler.h"
 
 #include <cstdint>
@@ -10,6 +11,8 @@
 
 namespace {
 
+using fa::QueryTiles;
+using fa::Range;
 using fa::TileScheduler;
 using fa::WorkTile;
 using Wide = __int128;
@@ -23,12 +26,14 @@ Wide position(const WorkTile& work, const TileScheduler& scheduler) {
   return (Wide{work.batch} * scheduler.heads + work.head) * scheduler.tiles + work.tile;
 }
 
-void check_each_visited_once(const TileScheduler& scheduler) {
+using Order = WorkTile (TileScheduler::*)(int64_t) const;
+
+void check_each_visited_once(const TileScheduler& scheduler, Order order) {
   const int64_t count = scheduler.count();
   FA_EXPECT_EQ(count, int64_t{scheduler.tiles} * scheduler.heads * scheduler.batch);
   std::vector<int> visits(static_cast<size_t>(count));
   for (int64_t index = 0; index < count; ++index) {
-    const WorkTile work = scheduler.at(index);
+    const WorkTile work = (scheduler.*order)(index);
     FA_EXPECT(inside(work, scheduler), "index", index);
     if (inside(work, scheduler)) {
       ++visits[static_cast<size_t>(position(work, scheduler))];
@@ -48,6 +53,47 @@ void check_tiles_are_innermost(const TileScheduler& scheduler) {
     const bool same_head = work.head == next.head && work.batch == next.batch;
     FA_EXPECT_EQ(same_head, work.tile + 1 < scheduler.tiles, "index", index);
   }
+}
+
+// Under a causal mask the last tiles of queries are the longest, and begin first.
+void check_last_first(const TileScheduler& scheduler) {
+  for (int64_t index = 0; index < scheduler.count(); ++index) {
+    const WorkTile work = scheduler.at(index);
+    const WorkTile reversed = scheduler.last_first(index);
+    FA_EXPECT_EQ(reversed.tile, scheduler.tiles - 1 - work.tile, "index", index);
+    FA_EXPECT_EQ(reversed.head, work.head, "index", index);
+    FA_EXPECT_EQ(reversed.batch, work.batch, "index", index);
+  }
+}
+
+// All heads of a tile before the next tile, and heads of one batch entry side by side.
+void check_heads_first(const TileScheduler& scheduler) {
+  for (int64_t index = 0; index + 1 < scheduler.count(); ++index) {
+    const WorkTile work = scheduler.heads_first(index);
+    const WorkTile next = scheduler.heads_first(index + 1);
+    const bool last_head = work.head + 1 == scheduler.heads;
+    const bool last = last_head && work.batch + 1 == scheduler.batch;
+    FA_EXPECT_EQ(next.tile, work.tile + last, "index", index);
+    FA_EXPECT_EQ(next.head, last_head ? 0 : work.head + 1, "index", index);
+    FA_EXPECT_EQ(next.batch, last ? 0 : work.batch + last_head, "index", index);
+  }
+}
+
+void check_query_tiles(Range queries, int tile_rows, int first_head, int heads) {
+  QueryTiles tiles(queries, tile_rows, first_head, heads);
+  for (int head = first_head; head < first_head + heads; ++head) {
+    for (int tile = 0; tile * tile_rows < queries.end; ++tile) {
+      const bool holds_some = !queries.empty() && (tile + 1) * tile_rows > queries.begin;
+      if (!holds_some) {
+        continue;
+      }
+      FA_EXPECT(!tiles.done(), "head", head, "tile", tile);
+      FA_EXPECT_EQ(tiles.current().head, head, "queries", queries.begin, queries.end);
+      FA_EXPECT_EQ(tiles.current().tile, tile, "queries", queries.begin, queries.end);
+      tiles.advance();
+    }
+  }
+  FA_EXPECT(tiles.done(), "queries", queries.begin, queries.end, "tile_rows", tile_rows);
 }
 
 void check_beyond_32_bits(const TileScheduler& scheduler) {
@@ -74,8 +120,22 @@ int main() {
   for (const int tiles : {0, 1, 2, 7}) {
     for (const int heads : {0, 1, 3, 8}) {
       for (const int batch : {0, 1, 2, 5}) {
-        check_each_visited_once({tiles, heads, batch});
-        check_tiles_are_innermost({tiles, heads, batch});
+        const TileScheduler scheduler = {tiles, heads, batch};
+        for (const Order order :
+             {&TileScheduler::at, &TileScheduler::last_first, &TileScheduler::heads_first}) {
+          check_each_visited_once(scheduler, order);
+        }
+        check_tiles_are_innermost(scheduler);
+        check_last_first(scheduler);
+        check_heads_first(scheduler);
+      }
+    }
+  }
+  for (int begin = 0; begin <= 9; ++begin) {
+    for (int end = 0; end <= 9; ++end) {
+      for (const int tile_rows : {1, 3, 4, 16}) {
+        check_query_tiles({begin, end}, tile_rows, 0, 1);
+        check_query_tiles({begin, end}, tile_rows, 6, 3);
       }
     }
   }

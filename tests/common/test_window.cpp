@@ -102,18 +102,36 @@ void check_rows_and_columns(const Mask& mask) {
   }
 }
 
+// Laid over shorter sequences, a window keeps its bounds.
+void check_over(int64_t left, int64_t right) {
+  const WindowMask longest(kLongest, kLongest, left, right);
+  for (int seqlen_q = 0; seqlen_q <= kLongest; ++seqlen_q) {
+    for (int seqlen_k = 0; seqlen_k <= kLongest; ++seqlen_k) {
+      const Mask mask{seqlen_q, seqlen_k, left, right};
+      const WindowMask window = longest.over(seqlen_q, seqlen_k);
+      for (int query = 0; query < seqlen_q; ++query) {
+        for (int key = -1; key <= seqlen_k; ++key) {
+          EXPECT_MASK(window.allows(query, key) == mask.visible(query, key), mask,
+                      (Range{query, key}));
+        }
+      }
+    }
+  }
+}
+
 void check_every_small_mask() {
   std::vector<int64_t> bounds = {kHuge};
   for (int64_t bound = -1; bound <= kLongest + 2; ++bound) {
     bounds.push_back(bound);
   }
-  for (int seqlen_q = 0; seqlen_q <= kLongest; ++seqlen_q) {
-    for (int seqlen_k = 0; seqlen_k <= kLongest; ++seqlen_k) {
-      for (const int64_t left : bounds) {
-        for (const int64_t right : bounds) {
+  for (const int64_t left : bounds) {
+    for (const int64_t right : bounds) {
+      for (int seqlen_q = 0; seqlen_q <= kLongest; ++seqlen_q) {
+        for (int seqlen_k = 0; seqlen_k <= kLongest; ++seqlen_k) {
           check_rows_and_columns({seqlen_q, seqlen_k, left, right});
         }
       }
+      check_over(left, right);
     }
   }
 }

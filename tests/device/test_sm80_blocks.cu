@@ -1,316 +1,305 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The blocks of csrc/device and csrc/ptx under sm80, each against a loop on the host. One warp per
-// test; small integers, so that products are exact. Prints a line per check; returns 0 if all hold,
-// 1 if one does not, 77 without a GPU.
-#include <cmath>
+// The blocks of csrc/device and csrc/ptx under sm80, each against a loop on the host. Prints a line
+// per check; returns 0 if all hold, 1 if one does not, 77 without a GPU.
 #include <cstdio>
-#include <functional>
-#include <vector>
+#include <exception>
+#include <string>
+#include <type_traits>
 
 #include "device/convert.cuh"
-#include "device/epilogue.cuh"
-#include "device/mask.cuh"
-#include "device/softmax.cuh"
 #include "device/warp_mma.cuh"
-#include "support/cuda_check.h"
+#include "device/work_order.cuh"
+#include "tests/support/cuda_softmax_tests.h"
+#include "tests/support/cuda_tile_tests.h"
 
 namespace {
 
 using namespace fa;
+using namespace fa::test;
+using device::SmemTile;
+using device::WarpGrid;
 
-constexpr int kRows = 64;  // of tiles
-constexpr int kDepth = 128;
-constexpr int kKeys = 64;
-constexpr float kUntouched = -12345.0f;
+enum class Product { kAbt, kAb, kAtb };
 
-int g_failures = 0;
+constexpr const char* name_of(Product product) {
+  return product == Product::kAbt  ? "accumulate_abt"
+         : product == Product::kAb ? "accumulate_ab"
+                                   : "accumulate_atb";
+}
 
-// A device buffer that the host sees too.
-template <typename T>
-struct Managed {
-  explicit Managed(size_t count) : size(count) {
-    check_cuda(cudaMallocManaged(&data, count * sizeof(T)), "allocate");
+// The operands of a (kRows, kCols) product as they lie in memory.
+template <typename Element, Product kProduct, int kRows, int kCols, int kDepth>
+struct Operands {
+  using A = std::conditional_t<kProduct == Product::kAtb, SmemTile<Element, kDepth, kRows>,
+                               SmemTile<Element, kRows, kDepth>>;
+  using B = std::conditional_t<kProduct == Product::kAbt, SmemTile<Element, kCols, kDepth>,
+                               SmemTile<Element, kDepth, kCols>>;
+  A a;
+  B b;
+
+  static int index_a(int row, int k) {
+    return kProduct == Product::kAtb ? k * kRows + row : row * kDepth + k;
   }
-  ~Managed() { cudaFree(data); }
-  Managed(const Managed&) = delete;
-  Managed& operator=(const Managed&) = delete;
-  T& operator[](size_t i) { return data[i]; }
-  T* data = nullptr;
-  size_t size;
+  static int index_b(int k, int col) {
+    return kProduct == Product::kAbt ? col * kDepth + k : k * kCols + col;
+  }
 };
 
-void synchronize() {
-  check_cuda(cudaGetLastError(), "launch");
-  check_cuda(cudaDeviceSynchronize(), "run");
-}
-
-void expect(const char* name, int rows, int cols, double tolerance,
-            const std::function<double(int, int)>& actual,
-            const std::function<double(int, int)>& expected) {
-  int wrong = 0;
-  for (int row = 0; row < rows; ++row) {
-    for (int col = 0; col < cols; ++col) {
-      const double a = actual(row, col);
-      const double e = expected(row, col);
-      const bool equal = a == e || std::abs(a - e) <= tolerance;
-      if (!equal && wrong++ == 0) {
-        std::printf("  first: (%d, %d) is %g, expected %g\n", row, col, a, e);
-      }
-    }
-  }
-  std::printf("%-6s %s (%d wrong of %d)\n", wrong == 0 ? "ok" : "FAILED", name, wrong, rows * cols);
-  g_failures += wrong != 0;
-}
-
-template <typename Element>
-void fill(Managed<Element>& buffer, int seed) {
-  for (size_t i = 0; i < buffer.size; ++i) {
-    buffer[i] = static_cast<Element>(static_cast<float>((i * 7 + i / 13 * 5 + seed) % 9) - 4.0f);
-  }
-}
-
-template <int kCols>
-__device__ void dump(const device::Accumulator<kCols>& r_tile, float* g_out) {
-  for (int block = 0; block < kCols / 8; ++block) {
-    for (int i = 0; i < 4; ++i) {
-      g_out[device::accumulator_row(i / 2) * kCols + device::accumulator_col(block, i)] =
-          r_tile.r[block][i];
-    }
-  }
-}
-
-template <typename Element>
-using Tile = device::SmemTile<Element, kRows, kDepth>;
-
-template <typename Element>
-__global__ void load_kernel(device::GlobalTile<Element> source, Element* g_out) {
-  auto& s_tile = device::shared_memory<Tile<Element>>();
-  s_tile.template load_async<128>(source);
-  ptx::cp_async_wait_all();
+// Leading warps write to g_led, the others to g_copies; the sum begins with ones.
+template <typename Element, Product kProduct, int kRows, int kCols, int kDepth, int kWarps>
+__global__ void product_kernel(const Element* g_a, const Element* g_b, float* g_led,
+                               float* g_copies, int* g_leaders) {
+  using Grid = WarpGrid<kRows, kCols, kWarps>;
+  auto& s = device::shared_memory<Operands<Element, kProduct, kRows, kCols, kDepth>>();
+  fill_tile(s.a, g_a);
+  fill_tile(s.b, g_b);
   __syncthreads();
-  for (int i = threadIdx.x; i < kRows * kDepth; i += 128) {
-    g_out[i] = *s_tile.at(i / kDepth, i % kDepth);
-  }
-}
-
-template <typename Element>
-void test_load() {
-  const int rows = 50;
-  const int cols = 72;
-  const int stride = 80;
-  Managed<Element> source(rows * stride);
-  Managed<Element> out(kRows * kDepth);
-  fill(source, 1);
-  for (int row = 0; row < rows; ++row) {
-    for (int col = cols; col < stride; ++col) {
-      source[row * stride + col] = static_cast<Element>(NAN);
-    }
-  }
-  load_kernel<Element>
-      <<<1, 128, sizeof(Tile<Element>)>>>({source.data, stride, rows, cols}, out.data);
-  synchronize();
-  expect(
-      "SmemTile::load_async, zero fill", kRows, kDepth, 0,
-      [&](int r, int c) { return static_cast<float>(out[r * kDepth + c]); },
-      [&](int r, int c) {
-        return r < rows && c < cols ? static_cast<float>(source[r * stride + c]) : 0.0f;
-      });
-}
-
-// mode 0: a b^T, a in shared memory; 1: a b^T, a in registers; 2: a b.
-template <typename Element, int kMode>
-__global__ void product_kernel(const Element* g_a, const Element* g_b, int a_row, float* g_out) {
-  struct Plan {
-    Tile<Element> a;
-    Tile<Element> b;
-    device::SmemTile<Element, kDepth, kKeys> b_of_ab;
-  };
-  auto& s = device::shared_memory<Plan>();
-  for (int i = threadIdx.x; i < kRows * kDepth; i += 32) {
-    *s.a.at(i / kDepth, i % kDepth) = g_a[i];
-    *s.b.at(i / kDepth, i % kDepth) = g_b[i];
-    *s.b_of_ab.at(i / kKeys, i % kKeys) = g_b[i];
-  }
-  __syncthreads();
-  device::Accumulator<kKeys> r_sum;
-  r_sum.clear();
-  if constexpr (kMode == 0) {
-    device::accumulate_abt(r_sum, s.a, a_row, s.b);
+  typename Grid::Sum r_sum;
+  r_sum.transform([](float, int, int, int) { return 1.0f; });
+  if constexpr (kProduct == Product::kAbt) {
+    device::accumulate_abt(r_sum, s.a, Grid::row(), s.b, Grid::col());
+  } else if constexpr (kProduct == Product::kAb) {
+    device::accumulate_ab(r_sum, s.a, Grid::row(), s.b, Grid::col());
   } else {
-    const auto r_a = device::load_rows(s.a, a_row);
-    if constexpr (kMode == 1) {
-      device::accumulate_abt(r_sum, r_a, s.b);
-    } else {
-      device::accumulate_ab(r_sum, r_a, s.b_of_ab);
-    }
+    device::accumulate_atb(r_sum, s.a, Grid::row(), s.b, Grid::col());
   }
-  dump(r_sum, g_out);
+  dump(r_sum, Grid::leads() ? g_led : g_copies, kCols, Grid::row(), Grid::col());
+  if (Grid::leads() && ptx::lane_index() == 0) {
+    atomicAdd(g_leaders, 1);
+  }
 }
 
-template <typename Element, int kMode>
-void test_product(const char* name) {
+template <typename Element, Product kProduct, int kRows, int kCols, int kDepth, int kWarps>
+void test_product() {
+  using Plan = Operands<Element, kProduct, kRows, kCols, kDepth>;
+  using Grid = WarpGrid<kRows, kCols, kWarps>;
   Managed<Element> a(kRows * kDepth);
-  Managed<Element> b(kRows * kDepth);
-  Managed<float> out(16 * kKeys);
+  Managed<Element> b(kDepth * kCols);
+  Managed<float> led(kRows * kCols, kUntouched);
+  Managed<float> copies(kRows * kCols, kUntouched);
+  Managed<int> leaders(1);
   fill(a, 2);
   fill(b, 5);
-  const int a_row = 32;
-  const int smem = 3 * sizeof(Tile<Element>);
-  check_cuda(cudaFuncSetAttribute(product_kernel<Element, kMode>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
-             "set shared memory");
-  product_kernel<Element, kMode><<<1, 32, smem>>>(a.data, b.data, a_row, out.data);
-  synchronize();
+  run<product_kernel<Element, kProduct, kRows, kCols, kDepth, kWarps>>(
+      1, 32 * kWarps, sizeof(Plan), a.data, b.data, led.data, copies.data, leaders.data);
+  const auto expected = [&](int row, int col) {
+    double sum = 1;
+    for (int k = 0; k < kDepth; ++k) {
+      sum += static_cast<double>(static_cast<float>(a[Plan::index_a(row, k)])) *
+             static_cast<float>(b[Plan::index_b(k, col)]);
+    }
+    return sum;
+  };
+  const std::string name = std::string(name_of(kProduct)) + " " + shape_name(kRows, kCols) +
+                           " over " + std::to_string(kDepth) + ", " + std::to_string(kWarps) +
+                           " warps as " + shape_name(Grid::kRowWarps, Grid::kColWarps);
+  expect(name, kRows, kCols, 0, [&](int r, int c) { return led[r * kCols + c]; }, expected);
+  // Each element has one leader: together they cover the tile, and there are no more than that.
+  const int needed = kRows * kCols / (Grid::kRows * Grid::kCols);
   expect(
-      name, 16, kKeys, 0, [&](int r, int c) { return out[r * kKeys + c]; },
+      name + ", leaders", 1, 1, 0, [&](int, int) { return leaders[0]; },
+      [&](int, int) { return needed; });
+  if (needed < kWarps) {
+    expect(
+        name + ", copies", kRows, kCols, 0, [&](int r, int c) { return copies[r * kCols + c]; },
+        [&](int r, int c) {
+          return copies[r * kCols + c] == kUntouched ? kUntouched : expected(r, c);
+        });
+  }
+}
+
+template <typename Element, int kRows, int kCols, int kDepth, int kWarps>
+void test_products() {
+  test_product<Element, Product::kAbt, kRows, kCols, kDepth, kWarps>();
+  test_product<Element, Product::kAb, kRows, kCols, kDepth, kWarps>();
+  test_product<Element, Product::kAtb, kRows, kCols, kDepth, kWarps>();
+}
+
+FA_DEVICE float pattern(int row, int col) { return static_cast<float>((5 * row + 3 * col) % 101); }
+int host_pattern(int row, int col) { return (5 * row + 3 * col) % 101; }
+
+// p (kRows, kDepth) times b, p from accumulators: only right if the accumulator map, to_operand and
+// the B layout agree. Warps side by side share p and take turns in slices of columns.
+template <typename Element, int kRows, int kCols, int kDepth, int kColWarps>
+__global__ void operand_kernel(const Element* g_b, float* g_out) {
+  auto& s_b = device::shared_memory<SmemTile<Element, kDepth, kCols>>();
+  fill_tile(s_b, g_b);
+  __syncthreads();
+  using P = device::Accumulator<kRows, kDepth>;
+  P r_p;
+  r_p.transform([](float, int row, int block, int i) {
+    return pattern(device::accumulator_row(row), P::col(block, i));
+  });
+  device::Accumulator<kRows, kCols / kColWarps, 16 * kColWarps> r_sum;
+  r_sum.clear();
+  const int col = ptx::warp_index() * 16;
+  device::accumulate_ab(r_sum, device::to_operand<Element>(r_p), s_b, col);
+  dump(r_sum, g_out, kCols, 0, col);
+}
+
+template <typename Element, int kRows, int kCols, int kDepth, int kColWarps>
+void test_operand() {
+  Managed<Element> b(kDepth * kCols);
+  Managed<float> out(kRows * kCols, kUntouched);
+  fill(b, 3);
+  run<operand_kernel<Element, kRows, kCols, kDepth, kColWarps>>(
+      1, 32 * kColWarps, sizeof(SmemTile<Element, kDepth, kCols>), b.data, out.data);
+  expect(
+      "to_operand, accumulate_ab " + shape_name(kRows, kCols) + " over " + std::to_string(kDepth) +
+          ", " + std::to_string(kColWarps) + " side by side",
+      kRows, kCols, 0, [&](int r, int c) { return out[r * kCols + c]; },
       [&](int r, int c) {
         double sum = 0;
         for (int k = 0; k < kDepth; ++k) {
-          const int index = kMode == 2 ? k * kKeys + c : c * kDepth + k;
-          sum += static_cast<float>(a[(a_row + r) * kDepth + k]) * static_cast<float>(b[index]);
+          sum += host_pattern(r, k) * static_cast<float>(b[k * kCols + c]);
         }
         return sum;
       });
 }
 
-// p (16, 64) times the identity, from accumulators: only right if the accumulator map, to_operand
-// and the B layout agree. The result leaves through store_rows.
-template <typename Element>
-__global__ void operand_kernel(device::GlobalTile<Element> destination) {
-  using Square = device::SmemTile<Element, kKeys, kKeys>;
-  auto& s_tile = device::shared_memory<Square>();
-  for (int i = threadIdx.x; i < kKeys * kKeys; i += 32) {
-    *s_tile.at(i / kKeys, i % kKeys) = static_cast<Element>(i / kKeys == i % kKeys ? 1.0f : 0.0f);
+// A warp's share of pattern().
+template <typename Grid>
+FA_DEVICE typename Grid::Sum pattern_of() {
+  typename Grid::Sum r_sum;
+  r_sum.transform([](float, int row, int block, int i) {
+    return pattern(Grid::row() + device::accumulator_row(row),
+                   Grid::col() + Grid::Sum::col(block, i));
+  });
+  return r_sum;
+}
+
+template <typename Grid>
+__global__ void add_kernel(float* g_sums) {
+  Grid::add(g_sums, pattern_of<Grid>());
+}
+
+template <typename Grid>
+__global__ void load_kernel(const float* g_sums, float* g_out, int cols) {
+  typename Grid::Sum r_sum;
+  Grid::load(g_sums, r_sum);
+  dump(r_sum, g_out, cols, Grid::row(), Grid::col());
+}
+
+template <typename Element, typename Grid, typename Tile>
+__global__ void store_kernel(Element* g_tile) {
+  auto& s_tile = device::shared_memory<Tile>();
+  const auto r_sum = pattern_of<Grid>();
+  if (Grid::leads()) {
+    device::store_elements(r_sum, s_tile, Grid::row(), Grid::col());
   }
   __syncthreads();
-  device::Accumulator<kKeys> r_p;
-  r_p.transform([](float, int row, int block, int i) {
-    return static_cast<float>(
-        (5 * device::accumulator_row(row) + 3 * device::accumulator_col(block, i)) % 101);
-  });
-  device::Accumulator<kKeys> r_sum;
-  r_sum.clear();
-  device::accumulate_ab(r_sum, device::to_operand<Element>(r_p), s_tile);
-  __syncthreads();
-  device::store_rows(r_sum, s_tile, 16, destination);
+  dump_tile(s_tile, g_tile);
 }
 
-template <typename Element>
-void test_operand() {
-  const int stride = 72;
-  const int rows = 16 + 11;  // of the tile; the warp has rows 16 .. 31 of it
-  const int cols = 40;
-  Managed<Element> out(kRows * stride);
-  for (size_t i = 0; i < out.size; ++i) {
-    out[i] = static_cast<Element>(kUntouched);
+template <typename Element, int kRows, int kCols, int kWarps>
+void test_grid() {
+  using Grid = WarpGrid<kRows, kCols, kWarps>;
+  using Tile = SmemTile<Element, kRows, kCols>;
+  constexpr int kGuard = 64;
+  constexpr int kBlocks = 3;  // that add the same
+  constexpr int kThreads = 32 * kWarps;
+  Managed<float> sums(kRows * kCols + kGuard);
+  for (int i = 0; i < kGuard; ++i) {
+    sums[kRows * kCols + i] = kUntouched;
   }
-  const float untouched = static_cast<float>(static_cast<Element>(kUntouched));
-  operand_kernel<Element><<<1, 32, kKeys * kKeys * 2>>>({out.data, stride, rows, cols});
-  synchronize();
+  Managed<float> loaded(kRows * kCols);
+  Managed<Element> tile(kRows * kCols);
+  run<add_kernel<Grid>>(kBlocks, kThreads, 0, sums.data);
+  run<load_kernel<Grid>>(1, kThreads, 0, sums.data, loaded.data, kCols);
+  run<store_kernel<Element, Grid, Tile>>(1, kThreads, sizeof(Tile), tile.data);
+  const std::string name = shape_name(kRows, kCols) + ", " + std::to_string(kWarps) + " warps as " +
+                           shape_name(Grid::kRowWarps, Grid::kColWarps);
   expect(
-      "to_operand, accumulate_ab, store_rows", kRows, stride, 0,
-      [&](int r, int c) { return static_cast<float>(out[r * stride + c]); },
-      [&](int r, int c) {
-        return r >= 16 && r < rows && c < cols ? (5 * (r - 16) + 3 * c) % 101 : untouched;
-      });
+      "WarpGrid, add, load " + name, kRows, kCols, 0,
+      [&](int r, int c) { return loaded[r * kCols + c]; },
+      [&](int r, int c) { return kBlocks * host_pattern(r, c); });
+  expect(
+      "WarpGrid, add stays inside " + name, 1, kGuard, 0,
+      [&](int, int i) { return sums[kRows * kCols + i]; }, [](int, int) { return kUntouched; });
+  expect(
+      "store_elements " + name, kRows, kCols, 0,
+      [&](int r, int c) { return static_cast<float>(tile[r * kCols + c]); }, host_pattern);
 }
 
-template <bool kTransposed>
-__global__ void mask_kernel(WindowMask window, int first_row, int first_col, float* g_out) {
-  device::Accumulator<kKeys> r_tile;
-  r_tile.transform([](float, int, int, int) { return 1.0f; });
-  device::keep_visible(r_tile, first_row, first_col, -INFINITY, [&](int row) {
-    return kTransposed ? device::queries_seeing_any<MaskMode::kWindow>(window, {row, row + 1})
-                       : device::keys_seen_by_any<MaskMode::kWindow>(window, {row, row + 1});
-  });
-  dump(r_tile, g_out);
-}
-
-void test_mask() {
-  Managed<float> out(16 * kKeys);
-  const WindowMask window(40, 75, 20, 9);
-  mask_kernel<false><<<1, 32>>>(window, 16, 32, out.data);
-  synchronize();
-  expect(
-      "keep_visible, queries against keys", 16, kKeys, 0,
-      [&](int r, int c) { return out[r * kKeys + c]; },
-      [&](int r, int c) { return window.allows(16 + r, 32 + c) ? 1.0 : -INFINITY; });
-  mask_kernel<true><<<1, 32>>>(window, 48, 0, out.data);
-  synchronize();
-  expect(
-      "keep_visible, keys against queries", 16, kKeys, 0,
-      [&](int r, int c) { return out[r * kKeys + c]; },
-      [&](int r, int c) { return c < 40 && window.allows(c, 48 + r) ? 1.0 : -INFINITY; });
-}
-
-constexpr int kTiles = 3;
-
-__global__ void softmax_kernel(const float* g_scores, float scale, float* g_lse, float* g_sum) {
-  device::OnlineSoftmax softmax(scale);
-  float r_sum[2] = {0, 0};  // of p, rescaled as out is
-  for (int tile = 0; tile < kTiles; ++tile) {
-    device::Accumulator<kKeys> r_scores;
-    r_scores.transform([&](float, int row, int block, int i) {
-      return g_scores[(tile * 16 + device::accumulator_row(row)) * kKeys +
-                      device::accumulator_col(block, i)];
-    });
-    float rescale[2];
-    softmax.update(r_scores, rescale);
-    r_sum[0] *= rescale[0];
-    r_sum[1] *= rescale[1];
-    r_scores.transform([&](float p, int row, int, int) {
-      r_sum[row] += p;
-      return p;
-    });
+// Each block writes its tile behind those that wrote before it, with plain loads and stores.
+__global__ void turns_kernel(BwdWorkspace workspace, TileScheduler scheduler, int* g_tiles,
+                             int* g_counts) {
+  const WorkTile tile = device::take_work(scheduler, workspace);
+  device::InTurn in_turn(workspace, tile.head, [&] { return tile.tile; });
+  if (threadIdx.x == blockDim.x - 1) {
+    int& g_count = g_counts[tile.head];
+    g_tiles[tile.head * scheduler.tiles + g_count] = tile.tile;
+    ++g_count;
   }
-  float lse[2];
-  float normalizer[2];
-  softmax.finalize(lse, normalizer);
-  device::store_row_values(lse, g_lse, 0, 16);
-  for (int row = 0; row < 2; ++row) {
-    r_sum[row] = device::row_sum(r_sum[row]) * normalizer[row];
-  }
-  device::store_row_values(r_sum, g_sum, 0, 16);
+  in_turn.end();
 }
 
-void test_softmax() {
-  Managed<float> scores(kTiles * 16 * kKeys);
-  Managed<float> lse(16);
-  Managed<float> sum(16);
-  for (size_t i = 0; i < scores.size; ++i) {
-    const int row = static_cast<int>(i) / kKeys % 16;
-    const int tile = static_cast<int>(i) / (16 * kKeys);
-    const bool masked = row == 3 || (row == 5 && tile == 0) || (row == 6 && tile > 0);
-    scores[i] = masked ? -INFINITY : static_cast<float>((i * 37 + i / 64 * 11) % 401) - 200.0f;
-  }
-  const float scale = 0.25f;
-  softmax_kernel<<<1, 32>>>(scores.data, scale, lse.data, sum.data);
-  synchronize();
-  const auto expected = [&](int row) {
-    double total = 0;
-    for (int tile = 0; tile < kTiles; ++tile) {
-      for (int key = 0; key < kKeys; ++key) {
-        total += std::exp(double{scale} * scores[(tile * 16 + row) * kKeys + key]);
-      }
-    }
-    return std::log(total);
-  };
+void test_turns() {
+  const TileScheduler scheduler = {.tiles = 500, .heads = 7, .batch = 1};
+  Managed<int> turns(BwdWorkspace::kTicketInts + scheduler.heads);
+  Managed<int> tiles(scheduler.count(), -1);
+  Managed<int> counts(scheduler.heads);
+  BwdWorkspace workspace;
+  workspace.turns = turns.data;
+  run<turns_kernel>(static_cast<int>(scheduler.count()), 64, 0, workspace, scheduler, tiles.data,
+                    counts.data);
   expect(
-      "OnlineSoftmax, lse", 16, 1, 1e-4, [&](int r, int) { return lse[r]; },
-      [&](int r, int) { return expected(r); });
-  expect(
-      "OnlineSoftmax, rows sum to one", 16, 1, 1e-5, [&](int r, int) { return sum[r]; },
-      [&](int r, int) { return r == 3 ? 0.0 : 1.0; });
+      "take_work, InTurn", scheduler.heads, scheduler.tiles, 0,
+      [&](int head, int i) { return tiles[head * scheduler.tiles + i]; },
+      [](int, int i) { return i; });
 }
 
 template <typename Element>
 void test_element(const char* name) {
   std::printf("%s\n", name);
-  test_load<Element>();
-  test_product<Element, 0>("accumulate_abt, a in shared memory");
-  test_product<Element, 1>("accumulate_abt, a in registers");
-  test_product<Element, 2>("accumulate_ab, transposed ldmatrix");
-  test_operand<Element>();
+  test_copies<Element, 64, 128, 128>(50, 72);
+  test_copies<Element, 64, 128, 256>(64, 128);
+  test_copies<Element, 128, 64, 128>(1, 8);
+  test_copies<Element, 64, 96, 128>(63, 96);
+  test_copies<Element, 48, 96, 256>(41, 40);  // the threads do not divide the rows
+  test_copies<Element, 32, 80, 128>(32, 72);
+  test_copies<Element, 16, 512, 256>(16, 264);  // more threads than units of a panel
+  test_copies<Element, 16, 16, 128>(9, 16);
+  test_copies<Element, 32, 64, 128>(0, 64);
+
+  test_products<Element, 64, 64, 64, 4>();
+  test_products<Element, 128, 64, 32, 8>();
+  test_products<Element, 64, 96, 96, 4>();
+  test_products<Element, 64, 192, 64, 8>();
+  test_products<Element, 32, 64, 192, 8>();
+  test_products<Element, 64, 80, 16, 4>();
+  test_products<Element, 32, 512, 32, 8>();
+  test_products<Element, 32, 32, 256, 4>();
+  test_products<Element, 16, 32, 256, 8>();  // more warps than blocks of 16 by 16
+  test_products<Element, 16, 16, 512, 4>();
+  test_operand<Element, 32, 64, 64, 1>();
+  test_operand<Element, 16, 96, 32, 1>();
+  test_operand<Element, 16, 512, 16, 2>();
+  test_operand<Element, 32, 128, 128, 4>();
+
+  test_grid<Element, 64, 64, 4>();
+  test_grid<Element, 64, 128, 8>();
+  test_grid<Element, 128, 96, 4>();
+  test_grid<Element, 16, 512, 8>();
+  test_grid<Element, 32, 80, 2>();
+  test_grid<Element, 16, 32, 8>();
+  test_grid<Element, 16, 16, 4>();
+}
+
+void test_all() {
+  test_offsets<64, 128>();
+  test_offsets<32, 96>();
+  test_offsets<32, 80>();
+  test_offsets<16, 16>();
+  test_lanes_of<64, 128>({{0, 0, 0, 0}, {16, 0, 32, 48}, {8, 16, 40, 96}});
+  test_lanes_of<32, 96>({{0, 0, 0, 0}, {16, 16, 0, 64}, {8, 64, 8, 16}});
+  test_lanes_of<32, 48>({{0, 0, 0, 0}, {16, 0, 0, 32}, {0, 16, 16, 0}});
+  test_element<__nv_bfloat16>("bfloat16");
+  test_element<__half>("float16");
+  test_masks();
+  test_softmax_of_any_scores();
+  test_softmax_slack();
+  test_turns();
 }
 
 }  // namespace
@@ -321,10 +310,12 @@ int main() {
     std::printf("skipped: no GPU\n");
     return 77;
   }
-  test_element<__nv_bfloat16>("bfloat16");
-  test_element<__half>("float16");
-  test_mask();
-  test_softmax();
-  std::printf("%d failed\n", g_failures);
-  return g_failures == 0 ? 0 : 1;
+  try {
+    test_all();
+  } catch (const std::exception& error) {
+    std::printf("FAILED %s\n", error.what());
+    return 1;
+  }
+  std::printf("%d failed\n", failures());
+  return failures() == 0 ? 0 : 1;
 }

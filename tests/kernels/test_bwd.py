@@ -81,7 +81,9 @@ def test_no_queries_at_all(device: str) -> None:
 @pytest.mark.parametrize("window", [(-1, 0), (20, 10), (0, 0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_masked_key_changes_no_bit(device: str, dtype: str, window: tuple[int, int]) -> None:
-    case = Case(seqlen_q=140, seqlen_k=140, window=window, dtype=dtype).on(device)
+    case = Case(seqlen_q=140, seqlen_k=140, window=window, dtype=dtype, deterministic=True).on(
+        device
+    )
     before = run(case, make_inputs(case), backward=True)
     first_changed = 100
     inputs = make_inputs(case)
@@ -112,6 +114,19 @@ def test_foreign_bytes_change_no_bit(device: str, dtype: str, layout: str) -> No
 def test_deterministic_gradients_repeat_bit_for_bit(device: str) -> None:
     case = Case(seqlen_q=257, seqlen_k=300, heads=4, heads_kv=2, dtype="bfloat16").on(device)
     inputs = make_inputs(case)
+    first = _gradients(inputs)
+    for _ in range(10):
+        for name, again, once in zip(("dq", "dk", "dv"), _gradients(inputs), first, strict=True):
+            assert_bitwise_equal(name, again, once)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
+def test_deterministic_gradients_of_many_blocks_repeat_bit_for_bit(head_dim: int) -> None:
+    case = Case(
+        seqlen_q=1500, seqlen_k=1700, heads=8, heads_kv=4, head_dim=head_dim, dtype="bfloat16"
+    )
+    inputs = make_inputs(case.on("cuda"))
     first = _gradients(inputs)
     for _ in range(10):
         for name, again, once in zip(("dq", "dk", "dv"), _gradients(inputs), first, strict=True):

@@ -1,408 +1,323 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every sm80 row of the kernel table, forward and backward, through the registry, against a naive
-// reference in double. All memory around and between the rows is NaN (inputs) or a canary
-// (outputs). Prints a line per case that fails and a summary; returns 0 if all hold, 1 if one does
-// not, 77 without a GPU. Arguments: "many" adds a case of more work items than blocks.
+// Every sm80 row of the kernel table, through the registry, against a naive reference in double, on
+// the cases of tests/support/cuda_cases.h. Prints a line per row, a line per failure and a summary.
+// Returns 0 if all hold, 1 if one does not, 77 without a GPU. Arguments, in any order:
+//   --small       only the small cases, for a checker that slows kernels down
+//   many          also a case of more work items than a launch has blocks
+//   anything else only rows whose name contains it
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <random>
+#include <exception>
+#include <future>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch/registry.h"
-#include "support/cuda_check.h"
+#include "support/launch.cuh"
+#include "tests/support/cuda_problem.h"
 
 namespace {
 
 using namespace fa;
+using namespace fa::test;
 
-enum class Layout { kPacked, kPadded, kHeadsFirst };
+static_assert(int64_t{1100} * 1024 > support::kMaxBlocks, "the case `many` fits one launch");
 
-struct Case {
-  const char* name;
-  int batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim;
-  int left, right;     // -1: unbounded
-  double scale = 0.0;  // 0: 1 / sqrt(head_dim)
-  Layout layout = Layout::kPadded;
-  float magnitude = 1.0f;  // of q
-  bool dlse = false;
-  bool zero_scale = false;
-
-  bool full() const { return left < 0 && right < 0; }
-  double softmax_scale() const {
-    return zero_scale ? 0.0 : scale != 0.0 ? scale : 1.0 / std::sqrt(head_dim);
-  }
+struct Options {
+  std::string filter;
+  bool small = false;
+  bool many = false;
 };
-
-constexpr Case kCases[] = {
-    {"one", 1, 1, 1, 1, 1, 8, -1, -1},
-    {"tile", 1, 1, 1, 64, 64, 64, -1, -1},
-    {"tile d128", 1, 1, 1, 64, 64, 128, -1, -1},
-    {"tails 63 65", 2, 2, 2, 63, 65, 40, -1, -1},
-    {"tails 127 1", 1, 2, 1, 127, 1, 64, -1, -1},
-    {"tails 1 127", 2, 4, 2, 1, 127, 96, -1, -1},
-    {"tails 65 129", 2, 4, 1, 65, 129, 128, -1, -1, 0, Layout::kHeadsFirst},
-    {"d72", 1, 4, 2, 130, 200, 72, -1, -1},
-    {"packed", 2, 2, 2, 100, 70, 64, -1, -1, 0, Layout::kPacked},
-    {"causal 127 63", 2, 2, 2, 127, 63, 64, -1, 0},
-    {"causal 65 191", 2, 4, 2, 65, 191, 128, -1, 0},
-    {"causal 200 200", 1, 4, 1, 200, 200, 64, -1, 0, 0, Layout::kHeadsFirst},
-    {"causal 129 40 d8", 1, 2, 2, 129, 40, 8, -1, 0},
-    {"window 7 3", 2, 4, 2, 130, 150, 40, 7, 3},
-    {"window 7 3 d96", 1, 4, 4, 150, 130, 96, 7, 3},
-    {"window 0 0", 1, 2, 1, 70, 70, 128, 0, 0},
-    {"window 100 right", 1, 2, 1, 190, 190, 64, 100, -1},
-    {"window sees nothing", 1, 2, 1, 300, 20, 72, 2, 1},
-    {"no keys", 2, 2, 1, 70, 0, 64, -1, -1},
-    {"no keys causal", 1, 2, 2, 70, 0, 128, -1, 0},
-    {"no queries", 1, 2, 2, 0, 70, 64, -1, -1},
-    {"large scores", 1, 2, 2, 66, 130, 64, -1, -1, 0, Layout::kPadded, 20.0f},
-    {"large scores causal", 1, 2, 2, 66, 130, 128, -1, 0, 0, Layout::kPadded, 20.0f},
-    {"dlse", 2, 4, 2, 100, 90, 64, -1, -1, 0, Layout::kPadded, 1.0f, true},
-    {"dlse causal", 2, 4, 2, 100, 90, 96, -1, 0, 0, Layout::kPadded, 1.0f, true},
-    {"negative scale", 1, 2, 2, 70, 90, 64, 40, 0, -0.2},
-    {"zero scale", 1, 2, 2, 70, 90, 64, 40, 0, 0, Layout::kPadded, 1.0f, false, true},
-};
-constexpr Case kManyWorkItems = {"many", 1100, 1024, 1024, 1, 1, 8, -1, -1, 0, Layout::kPacked};
 
 int g_failures = 0;
 int g_checks = 0;
 
 void fail(const KernelConfig& config, const Case& test, const std::string& what) {
   ++g_failures;
-  std::printf("FAILED %s, %s: %s\n", config.name().c_str(), test.name, what.c_str());
+  std::printf("FAILED %s, case %s, head_dim %d: %s\n", config.name().c_str(), test.name,
+              test.shape.head_dim, what.c_str());
 }
+
+// Blocks that wait for each other may do so forever, and then nothing can be freed.
+void wait_for(const KernelConfig& config, const Case& test) {
+  auto status = std::async(std::launch::async, [] { return cudaDeviceSynchronize(); });
+  if (status.wait_for(std::chrono::minutes(1)) == std::future_status::timeout) {
+    fail(config, test, "still runs after a minute");
+    std::fflush(stdout);
+    std::_Exit(1);
+  }
+  check_cuda(status.get(), "run ", config.name(), " on case ", test.name);
+}
+
+// Errors relative to what is typical, and of the worst element relative to what is typical of its row
+// too. Both are NaN if an element is. Where the reference nearly vanishes, a hundredth is typical.
+struct Errors {
+  double typical = 0;
+  double largest = 0;
+};
+
+double root_mean_square(const double* values, size_t count) {
+  double sum = 0;
+  for (size_t i = 0; i < count; ++i) {
+    sum += values[i] * values[i];
+  }
+  return std::sqrt(sum / static_cast<double>(count));
+}
+
+Errors errors_of(const std::vector<double>& actual, const std::vector<double>& expected, int cols) {
+  Errors errors;
+  if (expected.empty()) {
+    return errors;
+  }
+  std::vector<double> differences(expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    differences[i] = actual[i] - expected[i];
+  }
+  const double typical = root_mean_square(expected.data(), expected.size()) + 0.01;
+  errors.typical = root_mean_square(differences.data(), differences.size()) / typical;
+  for (size_t row = 0; row < expected.size(); row += cols) {
+    const double typical_of_row = typical + root_mean_square(&expected[row], cols);
+    for (int col = 0; col < cols; ++col) {
+      const double error = std::abs(differences[row + col]) / typical_of_row;
+      errors.largest = error <= errors.largest ? errors.largest : error;
+    }
+  }
+  return errors;
+}
+
+// The largest of many elements errs by several times what is typical.
+constexpr double kLargest = 10;
 
 template <typename T>
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(size_t count) : host(count) {
-    check_cuda(cudaMalloc(&data, std::max<size_t>(count, 1) * sizeof(T)), "allocate");
-    std::memset(static_cast<void*>(host.data()), 0xff, count * sizeof(T));  // NaN in every type
+void compare(const KernelConfig& config, const Case& test, const std::string& name,
+             const DeviceTensor<T>& actual, const std::vector<double>& expected, double bound) {
+  ++g_checks;
+  const std::vector<T> downloaded = actual.download();
+  std::vector<double> values(expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    values[i] = static_cast<float>(downloaded[actual.placement().elements[i]]);
   }
-  ~DeviceBuffer() { cudaFree(data); }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  void upload() {
-    check_cuda(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyDefault), "copy");
+  const Errors errors = errors_of(values, expected, test.shape.head_dim);
+  if (getenv("CAL")) std::printf("CAL %s|%s %d|%s|%g|%g\n", config.name().c_str(), test.name, test.shape.head_dim, name.c_str(), errors.typical/bound, errors.largest/bound);
+  if (!(errors.typical < bound && errors.largest < kLargest * bound)) {
+    fail(config, test,
+         concat(name, " has relative error ", errors.typical, ", at worst ", errors.largest));
   }
-  void download() {
-    check_cuda(cudaMemcpy(host.data(), data, host.size() * sizeof(T), cudaMemcpyDefault), "copy");
+  if (!actual.gaps_hold(downloaded)) {
+    fail(config, test, name + ": wrote outside");
   }
-  std::vector<T> host;
-  T* data = nullptr;
-};
+}
 
-// A (batch, seqlen, heads, head_dim) tensor in NaN surroundings.
-template <typename Element>
-class Tensor {
- public:
-  Tensor(const Case& test, int seqlen, int heads)
-      : batch_(test.batch),
-        seqlen_(seqlen),
-        heads_(heads),
-        head_dim_(test.head_dim),
-        view_(strides(test, seqlen, heads)),
-        buffer(static_cast<size_t>(view_.batch_stride) * test.batch) {
-    view_.data = buffer.data;
-  }
-
-  template <typename Generator>
-  void randomize(Generator& generator, float magnitude) {
-    std::normal_distribution<float> normal;
-    each([&](int64_t offset, size_t) {
-      buffer.host[offset] = static_cast<Element>(magnitude * normal(generator));
-    });
-    buffer.upload();
-  }
-
-  // Elements in (batch, seqlen, heads, head_dim) order.
-  std::vector<double> values() const {
-    std::vector<double> result(static_cast<size_t>(batch_) * seqlen_ * heads_ * head_dim_);
-    each([&](int64_t offset, size_t i) { result[i] = static_cast<float>(buffer.host[offset]); });
-    return result;
-  }
-
-  // True if nothing but the tensor's own elements was written since the buffer was made.
-  bool surroundings_untouched() const {
-    std::vector<bool> own(buffer.host.size());
-    each([&](int64_t offset, size_t) { own[offset] = true; });
-    for (size_t i = 0; i < own.size(); ++i) {
-      uint16_t bits;
-      std::memcpy(&bits, &buffer.host[i], sizeof(bits));
-      if (!own[i] && bits != 0xffff) {
-        return false;
-      }
+void compare_lse(const KernelConfig& config, const Case& test, const DeviceTensor<float>& lse,
+                 const std::vector<double>& expected) {
+  ++g_checks;
+  const std::vector<float> downloaded = lse.download();
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double actual = downloaded[lse.placement().elements[i]];
+    const double bound = 1e-4 + 1e-5 * std::abs(expected[i]);
+    if (!(actual == expected[i] || std::abs(actual - expected[i]) <= bound)) {
+      fail(config, test,
+           concat("lse of row and head ", i, " is ", actual, " instead of ", expected[i]));
+      break;
     }
-    return true;
   }
+  if (!lse.gaps_hold(downloaded)) {
+    fail(config, test, "lse: wrote outside");
+  }
+}
 
-  const TensorView& view() const { return view_; }
+double bound_of(const KernelConfig& config) {
+  return config.dtype == Dtype::kBFloat16 ? 1e-2 : 2e-3;
+}
+
+template <typename Element>
+void run_forward(int row, const Problem<Element>& problem) {
+  const KernelConfig& config = table::kRows[row];
+  DeviceTensor<Element> out(problem.of_queries);
+  DeviceTensor<float> lse(problem.of_statistics);
+  registry().kernels[row].forward(problem.forward(out, lse), {});
+  wait_for(config, problem.test);
+  compare(config, problem.test, "out", out, problem.expected.out, bound_of(config));
+  compare_lse(config, problem.test, lse, problem.expected.lse);
+}
+
+bool same_bits(const auto& a, const auto& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
+}
+
+template <typename Element>
+class BackwardTest {
+ public:
+  BackwardTest(int row, const Problem<Element>& problem)
+      : row_(row),
+        problem_(problem),
+        dq_(problem.of_queries),
+        dk_(problem.of_keys),
+        dv_(problem.of_keys) {}
+
+  void run() {
+    run_pass(false);
+    const std::vector<Element> dk = dk_.download();
+    const std::vector<Element> dv = dv_.download();
+    run_pass(true);
+    if (!same_bits(dk, dk_.download()) || !same_bits(dv, dv_.download())) {
+      fail(config(), test(), "dk or dv depends on the order of dq");
+    }
+  }
 
  private:
-  static TensorView strides(const Case& test, int seqlen, int heads) {
-    const int64_t pad = test.layout == Layout::kPacked ? 0 : 1;
-    const int64_t rows = seqlen + 3 * pad;
-    const int64_t cols = test.head_dim + 8 * pad;
-    if (test.layout == Layout::kHeadsFirst) {
-      return {nullptr, heads * rows * cols, cols, rows * cols};
-    }
-    return {nullptr, rows * heads * cols, heads * cols, cols};
-  }
+  const KernelConfig& config() const { return table::kRows[row_]; }
+  const Case& test() const { return problem_.test; }
 
-  template <typename Visit>
-  void each(Visit&& visit) const {
-    size_t i = 0;
-    for (int b = 0; b < batch_; ++b) {
-      for (int row = 0; row < seqlen_; ++row) {
-        for (int head = 0; head < heads_; ++head) {
-          for (int col = 0; col < head_dim_; ++col) {
-            visit(view_.offset(b, row, head) + col, i++);
-          }
-        }
+  void run_pass(bool deterministic) {
+    const Shape& shape = test().shape;
+    const int64_t tiles = problem_.queries.tiles(shape.seqlen_q, config().tile_m);
+    const int64_t floats = BwdWorkspace::floats(shape.num_heads * tiles, config().tile_m,
+                                                config().head_dim, deterministic);
+    size_t available = 0;
+    size_t total = 0;
+    check_cuda(cudaMemGetInfo(&available, &total), "tell how much memory is free");
+    if (floats * sizeof(float) > available - available / 8) {
+      std::printf("skipped %s, case %s: not enough memory\n", config().name().c_str(), test().name);
+      return;
+    }
+    DeviceArray<float> memory(floats);
+    const auto workspace = BwdWorkspace::in(memory.data(), shape.num_heads, tiles, config().tile_m,
+                                            config().head_dim, deterministic);
+    const BwdParams params = problem_.backward(dq_, dk_, dv_, workspace);
+    std::vector<Element> dq;
+    for (int repeat = 0; repeat < (deterministic ? test().repeats : 1); ++repeat) {
+      memory.poison();
+      for (DeviceTensor<Element>* gradient : {&dq_, &dk_, &dv_}) {
+        gradient->poison();
       }
+      registry().kernels[row_].backward(params, {});
+      wait_for(config(), test());
+      const std::vector<Element> repeated = dq_.download();
+      if (repeat > 0 && !same_bits(dq, repeated)) {
+        fail(config(), test(), concat("dq differs in run ", repeat));
+      }
+      dq = repeated;
+    }
+    const std::string mode = deterministic ? " (deterministic)" : "";
+    const double bound = bound_of(config()) * test().gradient_slack;
+    const Reference& expected = problem_.expected;
+    compare(config(), test(), "dq" + mode, dq_, expected.dq, bound);
+    compare(config(), test(), "dk" + mode, dk_, expected.dk, bound);
+    compare(config(), test(), "dv" + mode, dv_, expected.dv, bound);
+    if (!memory.guards_hold()) {
+      fail(config(), test(), "workspace" + mode + ": wrote outside");
     }
   }
 
-  int batch_, seqlen_, heads_, head_dim_;
-  TensorView view_;
-
- public:
-  DeviceBuffer<Element> buffer;
+  int row_;
+  const Problem<Element>& problem_;
+  DeviceTensor<Element> dq_, dk_, dv_;
 };
 
-struct Reference {
-  std::vector<double> out, lse, dq, dk, dv;
-};
-
-// All in (batch, seqlen, heads, head_dim) order; lse (batch, heads, seqlen_q).
-Reference reference_of(const Case& t, const WindowMask& window, const std::vector<double>& q,
-                       const std::vector<double>& k, const std::vector<double>& v,
-                       const std::vector<double>& dout, const std::vector<double>& dlse) {
-  Reference r{std::vector<double>(q.size()), std::vector<double>(dlse.size()),
-              std::vector<double>(q.size()), std::vector<double>(k.size()),
-              std::vector<double>(v.size())};
-  const int d = t.head_dim;
-  std::vector<double> p(t.seqlen_k);
-  for (int b = 0; b < t.batch; ++b) {
-    for (int h = 0; h < t.heads; ++h) {
-      const int kv = h / (t.heads / t.heads_kv);
-      const auto key_at = [&](int j) {
-        return ((static_cast<size_t>(b) * t.seqlen_k + j) * t.heads_kv + kv) * d;
-      };
-      for (int i = 0; i < t.seqlen_q; ++i) {
-        const size_t query = ((static_cast<size_t>(b) * t.seqlen_q + i) * t.heads + h) * d;
-        const size_t row = (static_cast<size_t>(b) * t.heads + h) * t.seqlen_q + i;
-        double largest = -INFINITY;
-        for (int j = 0; j < t.seqlen_k; ++j) {
-          p[j] = -INFINITY;
-          if (window.allows(i, j)) {
-            double score = 0;
-            for (int c = 0; c < d; ++c) {
-              score += q[query + c] * k[key_at(j) + c];
-            }
-            p[j] = t.softmax_scale() * score;
-          }
-          largest = std::max(largest, p[j]);
-        }
-        if (largest == -INFINITY) {
-          r.lse[row] = -INFINITY;
-          continue;
-        }
-        double sum = 0;
-        for (double& x : p) {
-          sum += x = std::exp(x - largest);
-        }
-        r.lse[row] = largest + std::log(sum);
-        double delta = -dlse[row];
-        for (int c = 0; c < d; ++c) {
-          double out = 0;
-          for (int j = 0; j < t.seqlen_k; ++j) {
-            out += p[j] / sum * v[key_at(j) + c];
-          }
-          r.out[query + c] = out;
-          delta += out * dout[query + c];
-        }
-        for (int j = 0; j < t.seqlen_k; ++j) {
-          const double pj = p[j] / sum;
-          double dp = 0;
-          for (int c = 0; c < d; ++c) {
-            dp += dout[query + c] * v[key_at(j) + c];
-          }
-          const double ds = pj * (dp - delta) * t.softmax_scale();
-          for (int c = 0; c < d; ++c) {
-            r.dv[key_at(j) + c] += pj * dout[query + c];
-            r.dq[query + c] += ds * k[key_at(j) + c];
-            r.dk[key_at(j) + c] += ds * q[query + c];
-          }
-        }
-      }
+// Which rows are to be tested.
+std::vector<int> select_rows(const Options& options, const CudaDevice& device) {
+  std::vector<int> rows;
+  for (int row = 0; row < kNumRows; ++row) {
+    const KernelConfig& config = table::kRows[row];
+    const std::string name = config.name();
+    if (config.family != Family::kSm80 || name.find(options.filter) == std::string::npos) {
+      continue;
+    }
+    const RegisteredKernel& kernel = registry().kernels[row];
+    check(kernel.present(), ErrorKind::kRuntime, name, " is not in this build");
+    const KernelResources r = kernel.resources();
+    const bool fits = config.smem_bytes() <= device.smem_opt_in;
+    std::printf(
+        "%s, %d warps, %d blocks: %d registers, %lld local, %lld static and %lld dynamic "
+        "shared memory%s\n",
+        name.c_str(), config.warps, config.blocks, r.registers,
+        static_cast<long long>(r.local_bytes), static_cast<long long>(r.static_smem_bytes),
+        static_cast<long long>(r.dynamic_smem_bytes), fits ? "" : ", skipped: too much");
+    if (fits) {
+      rows.push_back(row);
     }
   }
-  return r;
+  return rows;
 }
 
-// The relative Frobenius error, or NaN if an element is not finite. Where the reference nearly
-// vanishes the error is relative to a hundredth of unit elements.
-double error_of(const std::vector<double>& actual, const std::vector<double>& expected) {
-  double difference = 0;
-  double norm = 0;
-  for (size_t i = 0; i < actual.size(); ++i) {
-    difference += (actual[i] - expected[i]) * (actual[i] - expected[i]);
-    norm += expected[i] * expected[i];
+// Every head_dim of the sm80 family, ascending.
+std::vector<int> head_dims() {
+  std::vector<int> result;
+  for (const KernelConfig& config : table::kRows) {
+    if (config.family == Family::kSm80) {
+      result.push_back(config.head_dim);
+    }
   }
-  return actual.empty()
-             ? 0.0
-             : std::sqrt(difference) / (std::sqrt(norm) + 0.01 * std::sqrt(actual.size()));
+  std::sort(result.begin(), result.end());
+  result.erase(std::unique(result.begin(), result.end()), result.end());
+  return result;
+}
+
+bool runs(const KernelConfig& config, const Case& test) {
+  const Shape& shape = test.shape;
+  const std::vector<int> all = head_dims();
+  const auto nearest = std::lower_bound(all.begin(), all.end(), shape.head_dim);
+  const bool full = (test.left < 0 && test.right < 0);
+  return nearest != all.end() && (config.mask == MaskMode::kWindow || full) &&
+         (test.every_row ? config.head_dim >= *nearest : config.head_dim == *nearest);
 }
 
 template <typename Element>
-void compare(const KernelConfig& config, const Case& test, const char* name,
-             const Tensor<Element>& actual, const std::vector<double>& expected, double bound) {
-  ++g_checks;
-  const double error = error_of(actual.values(), expected);
-  if (!(error < bound)) {
-    fail(config, test, std::string(name) + " has relative error " + std::to_string(error));
-  }
-  if (!actual.surroundings_untouched()) {
-    fail(config, test, std::string(name) + ": wrote outside");
-  }
-}
-
-bool same_bits(const void* a, const void* b, size_t bytes) {
-  return bytes == 0 || std::memcmp(a, b, bytes) == 0;
-}
-
-template <typename Element>
-void run_case(const KernelConfig& fwd, const RegisteredKernel& forward, const KernelConfig& bwd,
-              const RegisteredKernel& backward, const Case& t) {
-  std::mt19937 generator(1234);
-  Tensor<Element> q(t, t.seqlen_q, t.heads);
-  Tensor<Element> k(t, t.seqlen_k, t.heads_kv);
-  Tensor<Element> v(t, t.seqlen_k, t.heads_kv);
-  Tensor<Element> dout(t, t.seqlen_q, t.heads);
-  Tensor<Element> out(t, t.seqlen_q, t.heads);
-  q.randomize(generator, t.magnitude);
-  k.randomize(generator, 1.0f);
-  v.randomize(generator, 1.0f);
-  dout.randomize(generator, 1.0f);
-  out.buffer.upload();
-
-  const size_t rows = static_cast<size_t>(t.batch) * t.heads * t.seqlen_q;
-  const size_t guard = 64;
-  DeviceBuffer<float> lse(rows + guard);
-  DeviceBuffer<float> delta(rows + guard);
-  DeviceBuffer<float> dlse(rows);
-  std::normal_distribution<float> normal;
-  std::vector<double> dlse_values(rows);
-  for (size_t i = 0; t.dlse && i < rows; ++i) {
-    dlse_values[i] = dlse.host[i] = normal(generator);
-  }
-  lse.upload();
-  delta.upload();
-  dlse.upload();
-
-  const Shape shape = {t.batch, t.heads, t.heads_kv, t.seqlen_q, t.seqlen_k, t.head_dim};
-  const WindowMask window(t.seqlen_q, t.seqlen_k, t.left, t.right);
-  const FwdParams fwd_params = {shape,    window,   t.softmax_scale(), q.view(),
-                                k.view(), v.view(), out.view(),        lse.data};
-  forward.forward(fwd_params, {});
-  check_cuda(cudaDeviceSynchronize(), "run ", fwd.name(), " on case ", t.name);
-  out.buffer.download();
-  lse.download();
-
-  const Reference expected =
-      reference_of(t, window, q.values(), k.values(), v.values(), dout.values(), dlse_values);
-  const double bound = fwd.dtype == Dtype::kBFloat16 ? 1e-2 : 2e-3;
-  compare(fwd, t, "out", out, expected.out, bound);
-  ++g_checks;
-  for (size_t i = 0; i < lse.host.size(); ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &lse.host[i], sizeof(bits));
-    const double e = i < rows ? expected.lse[i] : 0.0;
-    const bool right =
-        i >= rows ? bits == 0xffffffff
-                  : lse.host[i] == e || std::abs(lse.host[i] - e) <= 1e-4 + 1e-5 * std::abs(e);
-    if (!right) {
-      fail(fwd, t,
-           "lse[" + std::to_string(i) + "] is " + std::to_string(lse.host[i]) + ", expected " +
-               std::to_string(e));
-      break;
+void run_case(const std::vector<int>& rows, const Case& test) {
+  constexpr Dtype kDtype =
+      std::is_same_v<Element, __nv_bfloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
+  std::vector<int> chosen;
+  for (const int row : rows) {
+    if (table::kRows[row].dtype == kDtype && runs(table::kRows[row], test)) {
+      chosen.push_back(row);
     }
   }
-
-  // Softmax near one-hot makes gradients small differences of large numbers.
-  const double gradient_bound = t.magnitude > 1.0f ? 10 * bound : bound;
-  std::vector<Element> first_run;
-  for (int run = 0; run < 2; ++run) {
-    Tensor<Element> dq(t, t.seqlen_q, t.heads);
-    Tensor<Element> dk(t, t.seqlen_k, t.heads_kv);
-    Tensor<Element> dv(t, t.seqlen_k, t.heads_kv);
-    dq.buffer.upload();
-    dk.buffer.upload();
-    dv.buffer.upload();
-    const BwdParams bwd_params = {
-        shape,      window,     t.softmax_scale(), q.view(), k.view(),
-        v.view(),   out.view(), dout.view(),       lse.data, t.dlse ? dlse.data : nullptr,
-        delta.data, dq.view(),  dk.view(),         dv.view()};
-    backward.backward(bwd_params, {});
-    check_cuda(cudaDeviceSynchronize(), "run ", bwd.name(), " on case ", t.name);
-    std::vector<Element> all;
-    for (Tensor<Element>* gradient : {&dq, &dk, &dv}) {
-      gradient->buffer.download();
-      all.insert(all.end(), gradient->buffer.host.begin(), gradient->buffer.host.end());
-    }
-    if (run == 0) {
-      compare(bwd, t, "dq", dq, expected.dq, gradient_bound);
-      compare(bwd, t, "dk", dk, expected.dk, gradient_bound);
-      compare(bwd, t, "dv", dv, expected.dv, gradient_bound);
-      first_run = all;
-    } else if (!same_bits(all.data(), first_run.data(), all.size() * sizeof(Element))) {
-      fail(bwd, t, "two runs differ");
-    }
+  if (chosen.empty()) {
+    return;
   }
-  delta.download();
-  for (size_t i = rows; i < delta.host.size(); ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &delta.host[i], sizeof(bits));
-    if (bits != 0xffffffff) {
-      fail(bwd, t, "delta: wrote outside");
-      break;
+  const Problem<Element> problem(test);
+  for (const int row : chosen) {
+    if (table::kRows[row].pass == Pass::kForward) {
+      run_forward(row, problem);
+    } else {
+      BackwardTest<Element>(row, problem).run();
     }
   }
 }
 
-void run_rows(int fwd_row, int bwd_row, bool many) {
-  const KernelConfig& fwd = table::kRows[fwd_row];
-  const KernelConfig& bwd = table::kRows[bwd_row];
-  const RegisteredKernel& forward = registry().kernels[fwd_row];
-  const RegisteredKernel& backward = registry().kernels[bwd_row];
-  for (const auto* pair : {&fwd, &bwd}) {
-    const KernelResources r = registry().kernels[pair == &fwd ? fwd_row : bwd_row].resources();
-    std::printf("%s: %d registers, %lld local, %lld static and %lld dynamic shared memory\n",
-                pair->name().c_str(), r.registers, static_cast<long long>(r.local_bytes),
-                static_cast<long long>(r.static_smem_bytes),
-                static_cast<long long>(r.dynamic_smem_bytes));
+void run_case(const std::vector<int>& rows, Case test) {
+  const bool of_row = test.shape.head_dim == kOfRow;
+  for (const int head_dim : of_row ? head_dims() : std::vector<int>{test.shape.head_dim}) {
+    test.shape.head_dim = head_dim;
+    run_case<__nv_bfloat16>(rows, test);
+    run_case<__half>(rows, test);
   }
-  const auto run = [&](const Case& test) {
-    const bool fits =
-        test.head_dim <= fwd.head_dim && (fwd.mask == MaskMode::kWindow || test.full());
-    if (fits && fwd.dtype == Dtype::kBFloat16) {
-      run_case<__nv_bfloat16>(fwd, forward, bwd, backward, test);
-    } else if (fits) {
-      run_case<__half>(fwd, forward, bwd, backward, test);
+}
+
+void run(const Options& options) {
+  const CudaDevice device = registry().query_cuda_device(0);
+  std::printf("compute capability %d, %lld bytes of shared memory, CUDA %d\n",
+              device.compute_capability, static_cast<long long>(device.smem_opt_in),
+              registry().cuda_version);
+  const std::vector<int> rows = select_rows(options, device);
+  check(!rows.empty(), ErrorKind::kValue, "no row's name contains ", options.filter);
+  for (const Case& test : all_cases()) {
+    if (test.small || !options.small) {
+      run_case(rows, test);
     }
-  };
-  for (const Case& test : kCases) {
-    run(test);
   }
-  if (many && fwd.head_dim == 64) {
-    run(kManyWorkItems);
+  if (options.many) {
+    run_case(rows, kManyWorkItems);
   }
 }
 
@@ -414,24 +329,20 @@ int main(int argc, char** argv) {
     std::printf("skipped: no GPU\n");
     return 77;
   }
-  const bool many = argc > 1 && std::string(argv[1]) == "many";
-  try {
-    const CudaDevice device = registry().query_cuda_device(0);
-    std::printf("compute capability %d, %lld bytes of shared memory, CUDA %d\n",
-                device.compute_capability, static_cast<long long>(device.smem_opt_in),
-                registry().cuda_version);
-    for (int f = 0; f < kNumRows; ++f) {
-      const KernelConfig& fwd = table::kRows[f];
-      for (int b = 0; b < kNumRows; ++b) {
-        const KernelConfig& bwd = table::kRows[b];
-        if (fwd.family == Family::kSm80 && bwd.family == fwd.family && fwd.pass == Pass::kForward &&
-            bwd.pass == Pass::kBackward && fwd.dtype == bwd.dtype && fwd.head_dim == bwd.head_dim &&
-            fwd.mask == bwd.mask) {
-          run_rows(f, b, many);
-        }
-      }
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--small") {
+      options.small = true;
+    } else if (argument == "many") {
+      options.many = true;
+    } else {
+      options.filter = argument;
     }
-  } catch (const Error& error) {
+  }
+  try {
+    run(options);
+  } catch (const std::exception& error) {
     std::printf("FAILED %s\n", error.what());
     return 1;
   }

@@ -207,7 +207,9 @@ def run(case: Case, inputs: Inputs, *, backward: bool) -> Results:
     """The package's results, computed in memory that was NaN before."""
     q, k, v = (x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v))
     with poisoned_allocations():
-        out, lse = flash_attn_func(q, k, v, return_lse=True, **case.mask_arguments)
+        out, lse = flash_attn_func(
+            q, k, v, deterministic=case.deterministic, return_lse=True, **case.mask_arguments
+        )
         if not backward:
             return Results(out, lse)
         results, gradients = [out], [inputs.dout]

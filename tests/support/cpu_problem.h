@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -94,7 +95,7 @@ enum class Layout { kContiguous, kHeadsFirst, kPadded };
 // A (batch, seqlen, heads, head_dim) tensor, its memory not a byte longer than its last element.
 class Tensor {
  public:
-  Tensor(Dtype dtype, int batch, int seqlen, int heads, int head_dim, Layout layout)
+  Tensor(Dtype dtype, int batch, int seqlen, int heads, int head_dim, Layout layout, bool packed)
       : dtype_(dtype), batch_(batch), seqlen_(seqlen), heads_(heads), head_dim_(head_dim) {
     const int64_t gap = layout == Layout::kPadded ? 3 : 0;
     const int64_t row = head_dim + gap;
@@ -108,6 +109,7 @@ class Tensor {
         empty ? 0 : first_ + view.offset(batch - 1, seqlen - 1, heads - 1) + head_dim;
     bytes.assign(count * size_of(dtype), kPoison);
     view.data = bytes.data() + (empty ? 0 : first_ * size_of(dtype));
+    view.batch_stride = packed ? 0 : view.batch_stride;
   }
   Tensor(const Tensor&) = delete;
 
@@ -131,9 +133,22 @@ class Tensor {
     }
   }
 
-  void randomize(std::mt19937& random, double size) {
+  // Random numbers in the rows for which exists(batch, row).
+  template <typename Exists>
+  void randomize(std::mt19937& random, double size, const Exists& exists) {
     std::uniform_real_distribution<double> uniform(-size, size);
-    for_each([&](int b, int r, int h, int c) { set(b, r, h, c, uniform(random)); });
+    for_each([&](int b, int r, int h, int c) {
+      if (exists(b, r)) {
+        set(b, r, h, c, uniform(random));
+      }
+    });
+  }
+
+  // No kernel has written this element.
+  bool untouched(int batch, int row, int head, int column) const {
+    const unsigned char* element = address(batch, row, head, column);
+    return std::all_of(element, element + size_of(dtype_),
+                       [](int byte) { return byte == kPoison; });
   }
 
   // Memory that belongs to no element is as it was.
@@ -160,6 +175,44 @@ class Tensor {
   int64_t first_;
 };
 
+// Of queries or of keys. Without members all sequences are as long as the shape says.
+struct Lengths {
+  std::vector<int32_t> cu_seqlens = {};
+  std::vector<int32_t> seqused = {};
+  int foreign_rows = 0;  // of a packed tensor, after the last sequence
+
+  bool packed() const { return !cu_seqlens.empty(); }
+  int tensor_batch(int batch) const { return packed() ? 1 : batch; }
+  int tensor_rows(int seqlen) const { return packed() ? cu_seqlens.back() + foreign_rows : seqlen; }
+
+  Sequences sequences() const {
+    return {packed() ? cu_seqlens.data() : nullptr, seqused.empty() ? nullptr : seqused.data()};
+  }
+
+  // Whether a row of the tensor belongs to a sequence.
+  bool holds(int tensor_batch, int row, int batch, int seqlen) const {
+    for (int b = packed() ? 0 : tensor_batch; b < (packed() ? batch : tensor_batch + 1); ++b) {
+      const Sequence sequence = sequences().at(b, seqlen);
+      if (sequence.begin <= row && row < sequence.begin + sequence.length) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  std::string describe() const {
+    std::string text;
+    for (const auto& [name, values] :
+         {std::pair{" cu_seqlens", cu_seqlens}, std::pair{" seqused", seqused}}) {
+      text += values.empty() ? "" : name;
+      for (int32_t value : values) {
+        text += concat(" ", value);
+      }
+    }
+    return text;
+  }
+};
+
 struct Case {
   Shape shape;
   long long left = -1;
@@ -167,63 +220,85 @@ struct Case {
   Layout layout = Layout::kContiguous;
   double size = 1;   // of the elements of q and k
   double scale = 0;  // 0: 1 / sqrt(head_dim)
+  Lengths queries = {};
+  Lengths keys = {};
 
   double softmax_scale() const { return scale == 0 ? 1 / std::sqrt(shape.head_dim) : scale; }
   WindowMask window() const { return {shape.seqlen_q, shape.seqlen_k, left, right}; }
+  bool fixed_lengths() const {
+    return !queries.packed() && !keys.packed() && queries.seqused.empty() && keys.seqused.empty();
+  }
+  bool holds_query(int tensor_batch, int row) const {
+    return queries.holds(tensor_batch, row, shape.batch, shape.seqlen_q);
+  }
+  bool holds_key(int tensor_batch, int row) const {
+    return keys.holds(tensor_batch, row, shape.batch, shape.seqlen_k);
+  }
   std::string describe() const {
     return concat("batch ", shape.batch, " heads ", shape.num_heads, "/", shape.num_heads_kv,
                   " seqlen ", shape.seqlen_q, "x", shape.seqlen_k, " head_dim ", shape.head_dim,
                   " window ", left, ",", right, " layout ", static_cast<int>(layout), " size ",
-                  size);
+                  size, " queries", queries.describe(), " keys", keys.describe());
   }
 };
 
 inline constexpr int kGuards = 4;  // poisoned numbers before and after row statistics
 
-inline std::vector<unsigned char> row_statistics(Dtype dtype, const Shape& shape) {
-  const size_t bytes = dtype == Dtype::kFloat64 ? 8 : 4;
-  return std::vector<unsigned char>(
-      (shape.row_statistics_offset(shape.batch, 0) + 2 * kGuards) * bytes, kPoison);
-}
-
-// All tensors of both passes.
+// All tensors of both passes. Rows of no sequence hold NaN.
 struct Problem {
   Problem(Dtype dtype, const Case& c)
       : dtype(dtype),
         c(c),
-        q(dtype, c.shape.batch, c.shape.seqlen_q, c.shape.num_heads, c.shape.head_dim, c.layout),
-        out(dtype, c.shape.batch, c.shape.seqlen_q, c.shape.num_heads, c.shape.head_dim, c.layout),
-        dout(dtype, c.shape.batch, c.shape.seqlen_q, c.shape.num_heads, c.shape.head_dim, c.layout),
-        dq(dtype, c.shape.batch, c.shape.seqlen_q, c.shape.num_heads, c.shape.head_dim, c.layout),
-        k(dtype, c.shape.batch, c.shape.seqlen_k, c.shape.num_heads_kv, c.shape.head_dim, c.layout),
-        v(dtype, c.shape.batch, c.shape.seqlen_k, c.shape.num_heads_kv, c.shape.head_dim, c.layout),
-        dk(dtype, c.shape.batch, c.shape.seqlen_k, c.shape.num_heads_kv, c.shape.head_dim,
-           c.layout),
-        dv(dtype, c.shape.batch, c.shape.seqlen_k, c.shape.num_heads_kv, c.shape.head_dim,
-           c.layout),
-        lse(row_statistics(dtype, c.shape)),
+        q(query_tensor()),
+        out(query_tensor()),
+        dout(query_tensor()),
+        dq(query_tensor()),
+        k(key_tensor()),
+        v(key_tensor()),
+        dk(key_tensor()),
+        dv(key_tensor()),
+        lse((rows() + 2 * kGuards) * size_of(statistics_dtype()), kPoison),
         delta(lse),
         dlse(lse) {
     std::mt19937 random(1);
-    q.randomize(random, c.size);
-    k.randomize(random, c.size);
-    v.randomize(random, 1);
-    dout.randomize(random, 1);
+    const auto is_query = [&c](int b, int row) { return c.holds_query(b, row); };
+    const auto is_key = [&c](int b, int row) { return c.holds_key(b, row); };
+    q.randomize(random, c.size, is_query);
+    k.randomize(random, c.size, is_key);
+    v.randomize(random, 1, is_key);
+    dout.randomize(random, 1, is_query);
     std::uniform_real_distribution<double> uniform(-1, 1);
     for (int64_t row = 0; row < rows(); ++row) {
-      write(statistics_dtype(), statistic(dlse, row), uniform(random));
+      if (holds_statistic(row)) {
+        write(statistics_dtype(), statistic(dlse, row), uniform(random));
+      }
     }
   }
 
   Dtype statistics_dtype() const {
     return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   }
-  int64_t rows() const { return c.shape.row_statistics_offset(c.shape.batch, 0); }
+  int query_rows() const { return c.queries.tensor_rows(c.shape.seqlen_q); }
+  int64_t rows() const {
+    return int64_t{c.queries.tensor_batch(c.shape.batch)} * c.shape.num_heads * query_rows();
+  }
+  // The first row statistic of a head.
+  int64_t first_row(int batch, int head) const {
+    const int64_t heads = c.queries.packed() ? head : int64_t{batch} * c.shape.num_heads + head;
+    return heads * query_rows();
+  }
+  bool holds_statistic(int64_t row) const {
+    const int64_t per_batch = int64_t{c.shape.num_heads} * query_rows();
+    return c.holds_query(static_cast<int>(row / per_batch), static_cast<int>(row % query_rows()));
+  }
   void* statistic(std::vector<unsigned char>& values, int64_t row) const {
     return values.data() + (row + kGuards) * size_of(statistics_dtype());
   }
   double read_statistic(std::vector<unsigned char>& values, int64_t row) const {
     return read(statistics_dtype(), statistic(values, row));
+  }
+  RowStatistics statistics(std::vector<unsigned char>& values) const {
+    return {statistic(values, 0), first_row(1, 0), query_rows()};
   }
 
   void run(ParallelFor parallel_for) {
@@ -232,24 +307,37 @@ struct Problem {
          {&out.bytes, &dq.bytes, &dk.bytes, &dv.bytes, &lse, &delta}) {
       std::fill(output->begin(), output->end(), kPoison);
     }
-    const FwdParams fwd = {c.shape, c.window(), c.softmax_scale(), q.view,
-                           k.view,  v.view,     out.view,          statistic(lse, 0)};
-    kernel(Pass::kForward).forward(fwd, context);
-    const BwdParams bwd = {c.shape,
-                           c.window(),
-                           c.softmax_scale(),
-                           q.view,
-                           k.view,
-                           v.view,
-                           out.view,
-                           dout.view,
-                           statistic(lse, 0),
-                           with_dlse ? statistic(dlse, 0) : nullptr,
-                           statistic(delta, 0),
-                           dq.view,
-                           dk.view,
-                           dv.view};
-    kernel(Pass::kBackward).backward(bwd, context);
+    kernel(Pass::kForward)
+        .forward({.shape = c.shape,
+                  .window = c.window(),
+                  .softmax_scale = c.softmax_scale(),
+                  .q = q.view,
+                  .k = k.view,
+                  .v = v.view,
+                  .out = out.view,
+                  .softmax_lse = statistics(lse),
+                  .queries = c.queries.sequences(),
+                  .keys = c.keys.sequences()},
+                 context);
+    kernel(Pass::kBackward)
+        .backward({.shape = c.shape,
+                   .window = c.window(),
+                   .softmax_scale = c.softmax_scale(),
+                   .q = q.view,
+                   .k = k.view,
+                   .v = v.view,
+                   .out = out.view,
+                   .dout = dout.view,
+                   .dq = dq.view,
+                   .dk = dk.view,
+                   .dv = dv.view,
+                   .softmax_lse = statistics(lse),
+                   .dlse = with_dlse ? statistics(dlse) : RowStatistics{},
+                   .delta = statistics(delta),
+                   .workspace = {},
+                   .queries = c.queries.sequences(),
+                   .keys = c.keys.sequences()},
+                  context);
   }
 
   const RegisteredKernel& kernel(Pass pass) const {
@@ -271,6 +359,14 @@ struct Problem {
   Tensor q, out, dout, dq, k, v, dk, dv;
   std::vector<unsigned char> lse, delta, dlse;
   bool with_dlse = true;
+
+ private:
+  Tensor query_tensor() const { return tensor(c.queries, c.shape.seqlen_q, c.shape.num_heads); }
+  Tensor key_tensor() const { return tensor(c.keys, c.shape.seqlen_k, c.shape.num_heads_kv); }
+  Tensor tensor(const Lengths& lengths, int seqlen, int heads) const {
+    return Tensor(dtype, lengths.tensor_batch(c.shape.batch), lengths.tensor_rows(seqlen), heads,
+                  c.shape.head_dim, c.layout, lengths.packed());
+  }
 };
 
 // Contiguous chunks, as thread pools deal them, on kThreads threads.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def poisoned_allocations() -> Iterator[None]:
     """Fresh memory of floating point type holds NaN inside this context.
 
     PyTorch fills what torch.empty returns while deterministic algorithms are on. Operators that
-    allocate past it get recycled memory, so blocks of many sizes are filled and freed as well.
+    allocate past it get recycled memory, so blocks of many sizes are filled and freed as well. The
+    package asks PyTorch for that setting too, and must get the answer it would get outside.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -96,7 +98,10 @@ def poisoned_allocations() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        yield
+        with patch.object(
+            torch, "are_deterministic_algorithms_enabled", return_value=deterministic
+        ):
+            yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -61,7 +61,7 @@ LONG = [
 ]
 HEAD_DIMS = [
     Case(seqlen_q=65, seqlen_k=67, head_dim=head_dim, dtype=dtype, causal=True, dlse=True)
-    for head_dim in (1, 5, 8, 40, 64, 72, 80, 100, 128, 129, 256, 512)
+    for head_dim in (1, 5, 8, 40, 64, 72, 80, 96, 100, 128, 129, 160, 192, 256, 512)
     for dtype in DTYPES
 ]
 LAYOUT_CASES = [
@@ -111,8 +111,30 @@ GRADIENTS = [
     for dtype in ("float32", "bfloat16")
     for dlse in (False, True)
 ]
+DETERMINISTIC = [
+    Case(
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads=4,
+        heads_kv=2,
+        head_dim=head_dim,
+        dtype="bfloat16",
+        deterministic=True,
+        **mask,
+    )
+    for seqlen_q, seqlen_k in ((150, 270), (200, 100))
+    for head_dim in (64, 192)
+    for mask in ({}, {"causal": True}, {"window": (40, 20)})
+]
 EMPTY = [
-    Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, dlse=True)
+    Case(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        causal=causal,
+        dlse=True,
+        deterministic=causal,
+    )
     for batch in (0, 2)
     for seqlen_q in (0, 5)
     for seqlen_k in (0, 5)
@@ -131,6 +153,7 @@ SUITE = list(
         + VALUES
         + SCALES
         + GRADIENTS
+        + DETERMINISTIC
         + EMPTY
     )
 )

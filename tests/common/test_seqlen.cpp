@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Sequences lie where cu_seqlens and seqused say, and their tiles are numbered without overlap.
+#include "common/seqlen.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "common/math.h"
+#include "tests/support/check.h"
+
+namespace {
+
+using fa::Sequence;
+using fa::Sequences;
+
+void expect_at(const Sequences& sequences, int batch, Sequence expected) {
+  const Sequence sequence = sequences.at(batch, 100);
+  FA_EXPECT_EQ(sequence.begin, expected.begin, "batch", batch);
+  FA_EXPECT_EQ(sequence.length, expected.length, "batch", batch);
+}
+
+void check_places() {
+  const int32_t cu_seqlens[] = {3, 10, 10, 50};
+  const int32_t seqused[] = {5, 0, 40};
+  const int packed_length[] = {7, 0, 40};
+  for (int batch = 0; batch < 3; ++batch) {
+    expect_at({}, batch, {0, 100});
+    expect_at({.seqused = seqused}, batch, {0, seqused[batch]});
+    expect_at({.cu_seqlens = cu_seqlens}, batch, {cu_seqlens[batch], packed_length[batch]});
+    expect_at({cu_seqlens, seqused}, batch, {cu_seqlens[batch], seqused[batch]});
+  }
+}
+
+// The tiles of each sequence end before those of the next begin, and the last ends in time.
+void check_tiles(const Sequences& sequences, int batch, int64_t total_rows, int seqlen,
+                 int tile_rows) {
+  int64_t end = 0;
+  for (int b = 0; b < batch; ++b) {
+    const int64_t first = sequences.first_tile(b, seqlen, tile_rows);
+    FA_EXPECT(first >= end, "batch", b, "tile_rows", tile_rows, "seqlen", seqlen);
+    end = first + fa::ceil_div<int64_t>(sequences.at(b, seqlen).length, tile_rows);
+  }
+  const int64_t count = sequences.count_tiles(batch, total_rows, seqlen, tile_rows);
+  FA_EXPECT(end <= count, "batch", batch, "tile_rows", tile_rows, "seqlen", seqlen);
+  const int64_t needed = batch * fa::ceil_div<int64_t>(seqlen, tile_rows);
+  FA_EXPECT(count <= std::max(needed, total_rows / tile_rows + batch), "batch", batch);
+}
+
+void check_random_tiles() {
+  std::mt19937 random(0);
+  const auto draw = [&random](int most) {
+    return std::uniform_int_distribution<int>(0, most)(random);
+  };
+  for (int trial = 0; trial < 2000; ++trial) {
+    const int batch = draw(6);
+    const int tile_rows = 1 << draw(7);
+    std::vector<int32_t> cu_seqlens = {draw(5)};
+    int longest = 0;
+    for (int b = 0; b < batch; ++b) {
+      const int length = draw(3) == 0 ? 0 : draw(300);
+      cu_seqlens.push_back(cu_seqlens.back() + length);
+      longest = std::max(longest, length);
+    }
+    const int64_t total_rows = cu_seqlens.back() + draw(5);
+    check_tiles({.cu_seqlens = cu_seqlens.data()}, batch, total_rows, longest, tile_rows);
+    check_tiles({}, batch, longest, longest, tile_rows);
+  }
+}
+
+void check_beyond_32_bits() {
+  const int kBatch = 1 << 20;
+  const int kSeqlen = 1 << 29;
+  FA_EXPECT_EQ(Sequences{}.first_tile(kBatch, kSeqlen, 16), int64_t{1} << 45);
+  FA_EXPECT_EQ(Sequences{}.count_tiles(kBatch, kSeqlen, kSeqlen, 16), int64_t{1} << 45);
+  const int32_t most = std::numeric_limits<int32_t>::max();
+  const int32_t cu_seqlens[] = {0, most};
+  check_tiles({.cu_seqlens = cu_seqlens}, 1, most, most, 1);
+}
+
+}  // namespace
+
+int main() {
+  check_places();
+  check_random_tiles();
+  check_beyond_32_bits();
+  return fa::test::report("common/test_seqlen");
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The attention problems that every CUDA row of the kernel table must solve.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "common/params.h"
+
+namespace fa::test {
+
+// All but kContiguous leave gaps between rows and between batch entries.
+enum class Layout { kContiguous, kPadded, kHeadsFirst };
+
+// As head_dim of a case: the case stands for one with each head_dim of the table.
+inline constexpr int kOfRow = 0;
+
+struct Case {
+  const char* name;
+  Shape shape;  // lengths of the longest sequences where they differ
+  int left = -1;
+  int right = -1;
+  Layout layout = Layout::kPadded;
+  std::optional<double> scale = std::nullopt;  // default: 1 / sqrt(head_dim)
+  float magnitude = 1.0f;                      // of q
+  // Softmax near one-hot makes gradients small differences of large numbers.
+  double gradient_slack = 1.0;
+  bool dlse = false;
+  std::vector<int> lengths_q = {};  // of packed sequences
+  std::vector<int> lengths_k = {};
+  std::vector<int> used_q = {};  // how many rows of each sequence count
+  std::vector<int> used_k = {};
+  bool every_row = false;  // and not only the rows whose head_dim is the least that fits
+  bool small = false;      // among those that a slow checker runs
+  int repeats = 1;         // of the deterministic pass, which must give the same bits
+
+  double softmax_scale() const { return scale.value_or(1.0 / std::sqrt(shape.head_dim)); }
+};
+
+// More work items than one launch has blocks.
+inline const Case kManyWorkItems = {
+    .name = "many", .shape = {1100, 1024, 1024, 1, 1, 8}, .layout = Layout::kContiguous};
+
+inline std::vector<Case> fixed_length_cases() {
+  return {
+      {.name = "one", .shape = {1, 1, 1, 1, 1, 8}, .every_row = true},
+      {.name = "tile", .shape = {1, 1, 1, 128, 128, kOfRow}, .layout = Layout::kContiguous},
+      {.name = "small", .shape = {2, 2, 1, 33, 70, kOfRow}, .right = 0, .small = true},
+      {.name = "tails", .shape = {2, 4, 2, 65, 129, kOfRow}, .layout = Layout::kHeadsFirst},
+      {.name = "causal", .shape = {2, 4, 2, 130, 200, kOfRow}, .right = 0, .dlse = true},
+      {.name = "causal, more queries", .shape = {1, 4, 1, 200, 130, kOfRow}, .right = 0},
+      {.name = "window 7 3", .shape = {1, 4, 2, 150, 170, kOfRow}, .left = 7, .right = 3},
+      {.name = "long", .shape = {1, 4, 2, 300, 700, kOfRow}, .right = 0, .repeats = 20},
+      {.name = "long full",
+       .shape = {1, 2, 1, 300, 700, kOfRow},
+       .layout = Layout::kContiguous,
+       .repeats = 20},
+      {.name = "tails 63 65", .shape = {2, 2, 2, 63, 65, 40}, .every_row = true},
+      {.name = "tails 127 1", .shape = {1, 2, 1, 127, 1, 64}},
+      {.name = "tails 1 127", .shape = {2, 4, 2, 1, 127, 96}},
+      {.name = "d72", .shape = {1, 4, 2, 130, 200, 72}},
+      {.name = "d104", .shape = {1, 4, 2, 130, 200, 104}, .right = 0},
+      {.name = "d136", .shape = {1, 4, 2, 70, 90, 136}},
+      {.name = "d160", .shape = {1, 4, 2, 130, 200, 160}, .right = 0},
+      {.name = "d200", .shape = {1, 4, 2, 130, 200, 200}, .right = 0},
+      {.name = "d264", .shape = {1, 4, 2, 130, 200, 264}, .right = 0},
+      {.name = "d328", .shape = {1, 2, 1, 70, 90, 328}, .layout = Layout::kHeadsFirst},
+      {.name = "contiguous", .shape = {2, 2, 2, 100, 70, 64}, .layout = Layout::kContiguous},
+      {.name = "causal 127 63", .shape = {2, 2, 2, 127, 63, 64}, .right = 0},
+      {.name = "causal 65 191", .shape = {2, 4, 2, 65, 191, 128}, .right = 0},
+      {.name = "causal 200 200",
+       .shape = {1, 4, 1, 200, 200, 64},
+       .right = 0,
+       .layout = Layout::kHeadsFirst},
+      {.name = "causal 129 40", .shape = {1, 2, 2, 129, 40, 8}, .right = 0, .every_row = true},
+      {.name = "causal 1000 7", .shape = {1, 2, 1, 1000, 7, 32}, .right = 0},
+      {.name = "window 7 3 d40", .shape = {2, 4, 2, 130, 150, 40}, .left = 7, .right = 3},
+      {.name = "window 0 0", .shape = {1, 2, 1, 70, 70, 128}, .left = 0, .right = 0},
+      {.name = "window 100 -1", .shape = {1, 2, 1, 190, 190, 64}, .left = 100},
+      {.name = "window 5 80", .shape = {1, 2, 1, 190, 190, 64}, .left = 5, .right = 80},
+      {.name = "window sees nothing", .shape = {1, 2, 1, 300, 20, 72}, .left = 2, .right = 1},
+      {.name = "window leaves out keys", .shape = {1, 2, 1, 20, 300, 72}, .left = 2, .right = 1},
+      {.name = "no keys", .shape = {2, 2, 1, 70, 0, 64}, .every_row = true},
+      {.name = "no keys, causal", .shape = {1, 2, 2, 70, 0, 128}, .right = 0, .dlse = true},
+      {.name = "no queries", .shape = {1, 2, 2, 0, 70, 64}, .every_row = true},
+      {.name = "no batch", .shape = {0, 2, 2, 70, 70, 64}},
+      {.name = "large scores",
+       .shape = {1, 2, 2, 66, 130, kOfRow},
+       .magnitude = 20.0f,
+       .gradient_slack = 10},
+      {.name = "huge scores",
+       .shape = {1, 2, 2, 66, 130, 64},
+       .right = 0,
+       .magnitude = 500.0f,
+       .gradient_slack = 50},
+      {.name = "dlse", .shape = {2, 4, 2, 100, 90, 64}, .dlse = true},
+      {.name = "negative scale",
+       .shape = {1, 2, 2, 70, 90, kOfRow},
+       .left = 40,
+       .right = 0,
+       .scale = -0.2},
+      {.name = "zero scale", .shape = {1, 2, 2, 70, 90, kOfRow}, .left = 40, .scale = 0.0},
+      {.name = "70000 heads", .shape = {4375, 16, 8, 3, 2, 8}, .right = 0},
+  };
+}
+
+inline std::vector<Case> variable_length_cases() {
+  return {
+      {.name = "packed, small",
+       .shape = {4, 2, 1, 33, 40, kOfRow},
+       .right = 0,
+       .lengths_q = {17, 0, 33, 1},
+       .lengths_k = {40, 9, 16, 0},
+       .small = true},
+      {.name = "packed and used, small",
+       .shape = {3, 2, 1, 40, 40, 40},
+       .left = 9,
+       .right = 2,
+       .lengths_q = {20, 40, 3},
+       .lengths_k = {30, 12, 40},
+       .used_q = {20, 31, 0},
+       .used_k = {17, 12, 33},
+       .every_row = true,
+       .small = true},
+      {.name = "packed",
+       .shape = {8, 4, 2, 200, 200, kOfRow},
+       .layout = Layout::kContiguous,
+       .lengths_q = {0, 1, 63, 64, 65, 200, 0, 5},
+       .lengths_k = {65, 200, 64, 0, 63, 1, 0, 90},
+       .repeats = 20},
+      {.name = "packed, causal",
+       .shape = {7, 4, 1, 200, 200, kOfRow},
+       .right = 0,
+       .layout = Layout::kHeadsFirst,
+       .dlse = true,
+       .lengths_q = {64, 200, 1, 0, 63, 65, 129},
+       .lengths_k = {64, 63, 200, 65, 1, 130, 129},
+       .repeats = 20},
+      {.name = "packed, window",
+       .shape = {5, 2, 2, 300, 256, 96},  // room for longer sequences
+       .left = 20,
+       .right = 5,
+       .lengths_q = {200, 65, 0, 64, 1},
+       .lengths_k = {200, 129, 64, 40, 1}},
+      {.name = "packed, one", .shape = {1, 2, 1, 70, 90, 64}, .lengths_q = {70}, .lengths_k = {90}},
+      {.name = "packed, nothing",
+       .shape = {3, 2, 1, 70, 90, 64},
+       .lengths_q = {0, 0, 0},
+       .lengths_k = {0, 0, 0}},
+      {.name = "packed queries only",
+       .shape = {3, 4, 2, 100, 90, 128},
+       .right = 0,
+       .lengths_q = {100, 0, 31}},
+      {.name = "packed keys only",
+       .shape = {3, 4, 2, 90, 100, 64},
+       .right = 0,
+       .lengths_k = {100, 0, 31}},
+      {.name = "used",
+       .shape = {6, 4, 2, 200, 200, kOfRow},
+       .used_q = {0, 1, 63, 64, 65, 200},
+       .used_k = {65, 200, 64, 0, 63, 1}},
+      {.name = "used, causal",
+       .shape = {6, 4, 1, 150, 220, 64},
+       .right = 0,
+       .layout = Layout::kHeadsFirst,
+       .dlse = true,
+       .used_q = {150, 1, 63, 64, 129, 0},
+       .used_k = {150, 220, 64, 65, 1, 33},
+       .every_row = true},
+      {.name = "used keys only",
+       .shape = {4, 4, 2, 1, 200, 128},
+       .right = 0,
+       .used_k = {200, 1, 0, 77}},
+      {.name = "used, window",
+       .shape = {4, 2, 1, 200, 200, 72},
+       .left = 30,
+       .right = 4,
+       .used_q = {128, 100, 3, 200},
+       .used_k = {128, 190, 200, 60}},
+      {.name = "packed and used",
+       .shape = {7, 4, 2, 200, 200, kOfRow},
+       .right = 0,
+       .dlse = true,
+       .lengths_q = {0, 1, 63, 64, 65, 200, 100},
+       .lengths_k = {10, 200, 64, 5, 63, 130, 100},
+       .used_q = {0, 1, 40, 64, 0, 129, 33},
+       .used_k = {10, 63, 0, 5, 63, 64, 100}},
+  };
+}
+
+inline std::vector<Case> all_cases() {
+  std::vector<Case> cases = fixed_length_cases();
+  for (const Case& test : variable_length_cases()) {
+    cases.push_back(test);
+  }
+  return cases;
+}
+
+}  // namespace fa::test

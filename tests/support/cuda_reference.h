@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Attention and its gradients as the formulas say, in double.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "tests/support/cuda_cases.h"
+
+namespace fa::test {
+
+// body(i) for i in [0, count), on the threads of the host.
+template <typename Body>
+void in_parallel(int64_t count, const Body& body) {
+  constexpr int64_t kChunk = 64;
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t begin; (begin = next.fetch_add(kChunk)) < count;) {
+      for (int64_t i = begin; i < std::min(begin + kChunk, count); ++i) {
+        body(i);
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  const int64_t most = std::max(std::thread::hardware_concurrency(), 1u);
+  for (int64_t i = 1; i < std::min(most, (count + kChunk - 1) / kChunk); ++i) {
+    threads.emplace_back(work);
+  }
+  work();
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+// Elements in the order (sequence, row, head, column), rows that do not count left out.
+struct Inputs {
+  std::vector<double> q, k, v, dout, dlse;
+};
+struct Reference {
+  std::vector<double> out, lse, dq, dk, dv;
+};
+
+inline bool visible(const Case& test, int query, int key, int queries, int keys) {
+  const int relative = key - query - (keys - queries);  // to the diagonal that ends bottom right
+  return (test.left < 0 || relative >= -test.left) && (test.right < 0 || relative <= test.right);
+}
+
+class NaiveAttention {
+ public:
+  NaiveAttention(const Case& test, const std::vector<int>& lengths_q,
+                 const std::vector<int>& lengths_k)
+      : test_(test), queries_(rows_of(lengths_q)), keys_(rows_of(lengths_k)) {
+    int64_t pairs = 0;
+    for (size_t b = 0; b < lengths_q.size(); ++b) {
+      first_pair_.push_back(pairs);
+      pairs += int64_t{lengths_q[b]} * lengths_k[b];
+    }
+    p_.resize(pairs * test.shape.num_heads);
+    ds_.resize(p_.size());
+  }
+
+  Reference run(const Inputs& x) {
+    const Shape& shape = test_.shape;
+    Reference result{std::vector<double>(x.q.size()), std::vector<double>(x.dlse.size()),
+                     std::vector<double>(x.q.size()), std::vector<double>(x.k.size()),
+                     std::vector<double>(x.v.size())};
+    in_parallel(queries_.count() * shape.num_heads, [&](int64_t i) {
+      run_query(x, result, i / shape.num_heads, static_cast<int>(i % shape.num_heads));
+    });
+    in_parallel(keys_.count() * shape.num_heads_kv, [&](int64_t i) {
+      run_key(x, result, i / shape.num_heads_kv, static_cast<int>(i % shape.num_heads_kv));
+    });
+    return result;
+  }
+
+ private:
+  // The rows of all sequences, one after another.
+  struct Rows {
+    std::vector<int64_t> first;  // of each sequence, and the end
+    std::vector<int> sequence;   // of each row
+
+    int64_t count() const { return first.back(); }
+    int length(int b) const { return static_cast<int>(first[b + 1] - first[b]); }
+  };
+
+  static Rows rows_of(const std::vector<int>& lengths) {
+    Rows rows;
+    rows.first.push_back(0);
+    for (size_t b = 0; b < lengths.size(); ++b) {
+      rows.first.push_back(rows.first.back() + lengths[b]);
+      rows.sequence.insert(rows.sequence.end(), lengths[b], static_cast<int>(b));
+    }
+    return rows;
+  }
+
+  // Where p and ds of a query and all its keys lie.
+  size_t pairs_of(int64_t row, int head) const {
+    const int b = queries_.sequence[row];
+    return first_pair_[b] * test_.shape.num_heads +
+           (int64_t{head} * queries_.length(b) + row - queries_.first[b]) * keys_.length(b);
+  }
+
+  double dot(const double* a, const double* b) const {
+    double sum = 0;
+    for (int c = 0; c < test_.shape.head_dim; ++c) {
+      sum += a[c] * b[c];
+    }
+    return sum;
+  }
+  void add(double* sum, double factor, const double* x) const {
+    for (int c = 0; c < test_.shape.head_dim; ++c) {
+      sum[c] += factor * x[c];
+    }
+  }
+
+  void run_query(const Inputs& x, Reference& result, int64_t row, int head) {
+    const Shape& shape = test_.shape;
+    const double scale = test_.softmax_scale();
+    const int b = queries_.sequence[row];
+    const int keys = keys_.length(b);
+    const int query = static_cast<int>(row - queries_.first[b]);
+    const size_t statistic = row * shape.num_heads + head;
+    const size_t q_row = statistic * shape.head_dim;
+    const auto k_row = [&](int key) {
+      return ((keys_.first[b] + key) * shape.num_heads_kv + head / shape.group_size()) *
+             shape.head_dim;
+    };
+    double* p = p_.data() + pairs_of(row, head);
+    double* ds = ds_.data() + pairs_of(row, head);
+    double largest = -INFINITY;
+    for (int key = 0; key < keys; ++key) {
+      p[key] = visible(test_, query, key, queries_.length(b), keys)
+                   ? scale * dot(&x.q[q_row], &x.k[k_row(key)])
+                   : -INFINITY;
+      largest = std::max(largest, p[key]);
+    }
+    double sum = 0;
+    for (int key = 0; key < keys; ++key) {
+      p[key] = p[key] == -INFINITY ? 0 : std::exp(p[key] - largest);
+      sum += p[key];
+    }
+    result.lse[statistic] = largest + std::log(sum);  // -inf where no key is seen
+    double delta = -x.dlse[statistic];
+    for (int key = 0; key < keys; ++key) {
+      if (p[key] != 0) {
+        p[key] /= sum;
+        ds[key] = dot(&x.dout[q_row], &x.v[k_row(key)]);
+        delta += p[key] * ds[key];
+        add(&result.out[q_row], p[key], &x.v[k_row(key)]);
+      }
+    }
+    for (int key = 0; key < keys; ++key) {
+      if (p[key] != 0) {
+        ds[key] = p[key] * (ds[key] - delta) * scale;
+        add(&result.dq[q_row], ds[key], &x.k[k_row(key)]);
+      }
+    }
+  }
+
+  void run_key(const Inputs& x, Reference& result, int64_t row, int head) const {
+    const Shape& shape = test_.shape;
+    const int b = keys_.sequence[row];
+    const size_t k_row = (row * shape.num_heads_kv + head) * shape.head_dim;
+    for (int64_t query = queries_.first[b]; query < queries_.first[b + 1]; ++query) {
+      for (int i = 0; i < shape.group_size(); ++i) {
+        const int head_q = head * shape.group_size() + i;
+        const size_t pair = pairs_of(query, head_q) + row - keys_.first[b];
+        if (p_[pair] != 0) {
+          const size_t q_row = (query * shape.num_heads + head_q) * shape.head_dim;
+          add(&result.dv[k_row], p_[pair], &x.dout[q_row]);
+          add(&result.dk[k_row], ds_[pair], &x.q[q_row]);
+        }
+      }
+    }
+  }
+
+  const Case& test_;
+  Rows queries_;
+  Rows keys_;
+  std::vector<int64_t> first_pair_;  // of each sequence, for one head
+  std::vector<double> p_;            // (sequence, head, query, key)
+  std::vector<double> ds_;
+};
+
+}  // namespace fa::test
