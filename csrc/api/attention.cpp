@@ -43,8 +43,8 @@ Tensor add_workspace(BwdParams& params, const Tensor& q, const KernelConfig& con
 }  // namespace
 
 // q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim)
-// -> out like q, softmax_lse (batch, heads, seqlen_q). The forward pass is always deterministic;
-// the argument is for autograd, which hands it on to the backward pass.
+// -> out like q, softmax_lse (batch, heads, seqlen_q). The forward pass is deterministic in any
+// case: autograd under torch.compile hands the argument on to the backward pass.
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
                                    std::optional<double> softmax_scale, int64_t window_left,
                                    int64_t window_right, bool /*deterministic*/) {

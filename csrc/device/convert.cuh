@@ -34,7 +34,7 @@ template <typename Sums, typename Element, int kTileRows, int kTileCols>
 FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, kTileCols>& s_tile,
                               int row, int col) {
   using Tile = SmemTile<Element, kTileRows, kTileCols>;
-  const int first = Tile::step(Tile::offset(accumulator_row(0), Sums::col(0, 0)), row, col);
+  const int first = Tile::step(Tile::offset(Sums::row(0), Sums::col(0, 0)), row, col);
 #pragma unroll
   for (int a = 0; a < Sums::kRowBlocks; ++a) {
 #pragma unroll
@@ -42,7 +42,7 @@ FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, k
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Element* s_pair =
-            s_tile.elements + Tile::step(first, a * kBlockRows + half * 8, Sums::first_col(b));
+            s_tile.elements + Tile::step(first, Sums::first_row(2 * a + half), Sums::first_col(b));
         *reinterpret_cast<uint32_t*>(s_pair) =
             ptx::convert_pair<Element>(r_sums.r[a][b][2 * half], r_sums.r[a][b][2 * half + 1]);
       }

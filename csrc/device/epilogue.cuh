@@ -7,14 +7,14 @@
 
 namespace fa::device {
 
-// Writes one value per row of a warp's tile, of which the first is row `row`; rows end at `rows`.
-template <int kRowsPerThread>
-FA_DEVICE void store_row_values(const float (&values)[kRowsPerThread], float* g_values, int row,
+// Writes one value per row of a warp's Tile, of which the first is row `row`; rows end at `rows`.
+template <typename Tile>
+FA_DEVICE void store_row_values(const typename Tile::RowValues& values, float* g_values, int row,
                                 int rows) {
   if (leads_row()) {
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      const int index = row + accumulator_row(i);
+    for (int i = 0; i < Tile::kRowsPerThread; ++i) {
+      const int index = row + Tile::row(i);
       if (index < rows) {
         g_values[index] = values[i];
       }

@@ -2,11 +2,11 @@
 // What the lanes of a warp hold of a matrix. The only file that knows lane arithmetic.
 //
 // Accumulator (kRows, kCols): register i of 8-column block b of 16-row block a is the element at
-//   row = 16 * a + lane / 4 + 8 * (i / 2),  col = first_col(b) + 2 * (lane % 4) + i % 2.
-// Two blocks are a slice of 16 columns, and slices are kSliceStride columns apart.
-// A thread so holds two rows of every 16, and the four lanes of a quad hold a row together. An A
-// operand (16, 16) has the registers of two such blocks in pairs of 16-bit elements; a B operand
-// (16, 8) is the transpose of an 8x16 half of that.
+//   row = first_row(2 * a + i / 2) + lane / 4,  col = first_col(b) + 2 * (lane % 4) + i % 2.
+// A thread so holds two rows of every 16, and the four lanes of a quad hold a row together. Two
+// column blocks are a slice of 16 columns. Row blocks and slices follow one another at strides of 16,
+// or of more where warps take turns (warp_grid.cuh). An A operand (16, 16) has the registers of a
+// slice in pairs of 16-bit elements; a B operand (16, 8) is the transpose of an 8x16 half of that.
 #pragma once
 
 #include "device/smem.cuh"
@@ -17,10 +17,6 @@ namespace fa::device {
 inline constexpr int kBlockRows = 16;  // rows of one mma
 inline constexpr int kBlockCols = 8;   // columns of one mma
 inline constexpr int kMmaDepth = 16;   // products summed by one mma
-
-FA_DEVICE int accumulator_row(int row_of_thread) {
-  return ptx::lane_index() / 4 + 8 * row_of_thread;
-}
 
 // One lane of the four that share a row.
 FA_DEVICE bool leads_row() { return ptx::lane_index() % 4 == 0; }
@@ -35,10 +31,12 @@ FA_DEVICE float row_sum(float value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-template <int kRowsOfTile, int kColsOfTile, int kStrideOfSlices = 2 * kBlockCols>
+template <int kRowsOfTile, int kColsOfTile, int kStrideOfRows = kBlockRows,
+          int kStrideOfSlices = 2 * kBlockCols>
 struct Accumulator {
   static constexpr int kRows = kRowsOfTile;
   static constexpr int kCols = kColsOfTile;
+  static constexpr int kRowStride = kStrideOfRows;
   static constexpr int kSliceStride = kStrideOfSlices;
   static constexpr int kRowBlocks = kRows / kBlockRows;
   static constexpr int kColBlocks = kCols / kBlockCols;
@@ -49,6 +47,14 @@ struct Accumulator {
   using RowValues = float[kRowsPerThread];
 
   float r[kRowBlocks][kColBlocks][4];
+
+  // Of the row_of_thread-th row of a thread, less what depends on the lane; and the whole.
+  static FA_HOST_DEVICE constexpr int first_row(int row_of_thread) {
+    return row_of_thread / 2 * kRowStride + row_of_thread % 2 * (kBlockRows / 2);
+  }
+  static FA_DEVICE int row(int row_of_thread) {
+    return first_row(row_of_thread) + ptx::lane_index() / 4;
+  }
 
   static FA_HOST_DEVICE constexpr int first_col(int block) {
     return block / 2 * kSliceStride + block % 2 * kBlockCols;

@@ -17,14 +17,14 @@ FA_DEVICE constexpr bool covers(Range outer, Range inner) {
 template <typename Scores>
 FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int first_query,
                             int first_key, float masked) {
-  const int query = first_query + accumulator_row(0);
+  const int query = first_query + Scores::row(0);
   const int key = first_key + Scores::col(0, 0);
   const int above_lowest = key - query - window.lowest();
   const int below_highest = window.highest() - (key - query);
   const int before_end = window.seqlen_k() - key;
   r_scores.transform([&](float score, int row, int block, int i) {
     const int keys_on = Scores::first_col(block) + i % 2;
-    const int on = keys_on - 8 * row;
+    const int on = keys_on - Scores::first_row(row);
     return above_lowest >= -on && below_highest >= on && before_end > keys_on ? score : masked;
   });
 }

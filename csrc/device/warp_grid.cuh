@@ -7,10 +7,10 @@
 
 namespace fa::device {
 
-// Of a (kTileRows, kTileCols) result each warp has kRows consecutive rows and kCols columns, as near to a square as possible, since a warp reads rows + cols of operands for
-// rows * cols of result. Warps side by side take turns in slices of 16 columns: addresses then are
-// one register plus constants whatever kTileCols is. Where the tile is too small for all warps,
-// several compute the same, and one of them leads.
+// Of a (kTileRows, kTileCols) result each warp has kRows rows and kCols columns, as near to a square
+// as possible, since a warp reads rows + cols of operands for rows * cols of result. Warps take turns
+// in slices of 16 rows and of 16 columns: addresses then are one register plus constants whatever the
+// size of the tile. Where it is too small for all warps, several compute the same, and one leads.
 template <int kTileRows, int kTileCols, int kWarps>
 struct WarpGrid {
   static constexpr int kSlice = 2 * kBlockCols;
@@ -44,9 +44,9 @@ struct WarpGrid {
   static constexpr int kColWarps = kTileCols / kCols;
   static_assert(kRowWarps * kColWarps <= kWarps && kColWarps * kCols == kTileCols);
 
-  using Sum = Accumulator<kRows, kCols, kSlice * kColWarps>;
+  using Sum = Accumulator<kRows, kCols, kBlockRows * kRowWarps, kSlice * kColWarps>;
 
-  static FA_DEVICE int row() { return ptx::warp_index() % kRowWarps * kRows; }
+  static FA_DEVICE int row() { return ptx::warp_index() % kRowWarps * kBlockRows; }
   static FA_DEVICE int col() { return ptx::warp_index() / kRowWarps % kColWarps * kSlice; }
   static FA_DEVICE bool leads() {
     return kRowWarps * kColWarps == kWarps || ptx::warp_index() < kRowWarps * kColWarps;

@@ -41,7 +41,7 @@ FA_DEVICE void accumulate_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kDepth
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
       [&](uint32_t(&r_a)[4], int step, int block) {
-        a.load(r_a, block * kBlockRows, step * kMmaDepth);
+        a.load(r_a, block * Sum::kRowStride, step * kMmaDepth);
       },
       [&](uint32_t(&r_b)[4], int step, int col) { b.load(r_b, col, step * kMmaDepth); });
 }
@@ -71,7 +71,7 @@ FA_DEVICE void accumulate_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kDepth>
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
       [&](uint32_t(&r_a)[4], int step, int block) {
-        a.load(r_a, block * kBlockRows, step * kMmaDepth);
+        a.load(r_a, block * Sum::kRowStride, step * kMmaDepth);
       },
       [&](uint32_t(&r_b)[4], int step, int col) { b.load_transposed(r_b, step * kMmaDepth, col); });
 }
@@ -85,7 +85,7 @@ FA_DEVICE void accumulate_atb(Sum& r_sum, const SmemTile<Element, kDepth, kColsA
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
       [&](uint32_t(&r_a)[4], int step, int block) {
-        a.load_transposed(r_a, step * kMmaDepth, block * kBlockRows);
+        a.load_transposed(r_a, step * kMmaDepth, block * Sum::kRowStride);
       },
       [&](uint32_t(&r_b)[4], int step, int col) { b.load_transposed(r_b, step * kMmaDepth, col); });
 }

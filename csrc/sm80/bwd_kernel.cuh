@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     r_p.clear();
     device::accumulate_abt(r_p, s_q, row, s.k, col);
     r_p.transform([&](float score, int i, int, int) {
-      const float lse_log2 = s_statistics.lse_log2[row + device::accumulator_row(i)];
+      const float lse_log2 = s_statistics.lse_log2[row + ScoreGrid::Sum::row(i)];
       return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
     });
     typename ScoreGrid::Sum r_ds;  // dp, then ds
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       device::keep_visible(r_p, window, first_query + row, first_key + col, 0.0f);
     }
     r_ds.transform([&](float dp, int i, int block, int j) {
-      const float delta = s_statistics.delta[row + device::accumulator_row(i)];
+      const float delta = s_statistics.delta[row + ScoreGrid::Sum::row(i)];
       return r_p.r[i / 2][block][j] * (dp - delta);
     });
     if (ScoreGrid::leads()) {
@@ -138,6 +138,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     }
     __syncthreads();
 
+    device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
+    device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
     typename QueryGrid::Sum r_dq;
     r_dq.clear();
     device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, QueryGrid::col());
@@ -148,8 +150,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     });
     QueryGrid::add(workspace.dq_sum(index), r_dq);
     in_turn.end();
-    device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
-    device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
     stage ^= 1;
   }
 

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   softmax.finalize(lse, normalizer);
   r_out.scale_rows(normalizer);
   if (warp_col == 0) {
-    device::store_row_values(
+    device::store_row_values<Out>(
         lse, params.softmax_lse.row<float>(tile.batch, tile.head) + sequence_q.begin,
         first_query + warp_row, sequence_q.length);
   }

@@ -47,7 +47,8 @@ struct FwdTraits : Traits<kRow> {
 
   using Scores = device::Accumulator<kWarpRows, Base::kTileN>;
   using Out =
-      device::Accumulator<kWarpRows, Base::kHeadDim / kColWarps, kSlice * kColWarps>;
+      device::Accumulator<kWarpRows, Base::kHeadDim / kColWarps, device::kBlockRows,
+                          kSlice * kColWarps>;
 
   struct SharedMemory {
     typename Base::template Rows<Base::kTileM> q;

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "device/convert.cuh"
+#include "device/warp_grid.cuh"
 #include "device/warp_mma.cuh"
 #include "device/work_order.cuh"
 #include "tests/support/cuda_softmax_tests.h"
@@ -127,10 +128,9 @@ __global__ void operand_kernel(const Element* g_b, float* g_out) {
   __syncthreads();
   using P = device::Accumulator<kRows, kDepth>;
   P r_p;
-  r_p.transform([](float, int row, int block, int i) {
-    return pattern(device::accumulator_row(row), P::col(block, i));
-  });
-  device::Accumulator<kRows, kCols / kColWarps, 16 * kColWarps> r_sum;
+  r_p.transform(
+      [](float, int row, int block, int i) { return pattern(P::row(row), P::col(block, i)); });
+  device::Accumulator<kRows, kCols / kColWarps, 16, 16 * kColWarps> r_sum;
   r_sum.clear();
   const int col = ptx::warp_index() * 16;
   device::accumulate_ab(r_sum, device::to_operand<Element>(r_p), s_b, col);
@@ -162,8 +162,7 @@ template <typename Grid>
 FA_DEVICE typename Grid::Sum pattern_of() {
   typename Grid::Sum r_sum;
   r_sum.transform([](float, int row, int block, int i) {
-    return pattern(Grid::row() + device::accumulator_row(row),
-                   Grid::col() + Grid::Sum::col(block, i));
+    return pattern(Grid::row() + Grid::Sum::row(row), Grid::col() + Grid::Sum::col(block, i));
   });
   return r_sum;
 }

@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <string>
 
-#include "device/fragment.cuh"
 #include "support/cuda_check.h"
 
 namespace fa::test {
@@ -90,7 +89,7 @@ __device__ void dump(const Sum& r_sum, float* g_matrix, int stride, int row, int
     for (int b = 0; b < Sum::kColBlocks; ++b) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        g_matrix[(row + device::accumulator_row(2 * a + i / 2)) * stride + col + Sum::col(b, i)] =
+        g_matrix[(row + Sum::row(2 * a + i / 2)) * stride + col + Sum::col(b, i)] =
             r_sum.r[a][b][i];
       }
     }

@@ -9,31 +9,40 @@
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
 #include "device/softmax.cuh"
+#include "device/warp_grid.cuh"
 #include "tests/support/cuda_blocks.h"
 
 namespace fa::test {
 
-template <typename Scores>
-__global__ void mask_kernel(WindowMask window, int first_query, int first_key, float* g_out) {
-  Scores r_scores;
+template <typename Grid>
+__global__ void mask_kernel(WindowMask window, int first_query, int first_key, float* g_out,
+                            int stride) {
+  typename Grid::Sum r_scores;
   r_scores.transform([](float, int, int, int) { return 1.0f; });
-  device::keep_visible(r_scores, window, first_query, first_key, -INFINITY);
-  dump(r_scores, g_out, Scores::kCols, 0, 0);
+  device::keep_visible(r_scores, window, first_query + Grid::row(), first_key + Grid::col(),
+                       -INFINITY);
+  dump(r_scores, g_out, stride, Grid::row(), Grid::col());
 }
 
 // What queries past the end see does not matter, but keys past the end are seen by none.
-inline void test_mask(WindowMask window, int first_query, int first_key) {
-  using Scores = device::Accumulator<32, 64>;
-  Managed<float> out(Scores::kRows * Scores::kCols);
-  run<mask_kernel<Scores>>(1, 32, 0, window, first_query, first_key, out.data);
+template <int kRows, int kCols, int kWarps>
+void test_mask_of(const WindowMask& window, int first_query, int first_key) {
+  Managed<float> out(kRows * kCols, kUntouched);
+  run<mask_kernel<device::WarpGrid<kRows, kCols, kWarps>>>(1, 32 * kWarps, 0, window, first_query,
+                                                           first_key, out.data, kCols);
   expect(
-      concat("keep_visible, ", window.seqlen_q(), " queries from ", first_query, ", ",
-             window.seqlen_k(), " keys from ", first_key),
-      min(Scores::kRows, window.seqlen_q() - first_query), Scores::kCols, 0,
-      [&](int r, int c) { return out[r * Scores::kCols + c]; },
+      concat("keep_visible, ", kWarps, " warps, ", window.seqlen_q(), " queries from ", first_query,
+             ", ", window.seqlen_k(), " keys from ", first_key),
+      min(kRows, window.seqlen_q() - first_query), kCols, 0,
+      [&](int r, int c) { return out[r * kCols + c]; },
       [&](int r, int c) {
         return window.allows(first_query + r, first_key + c) ? 1.0 : -INFINITY;
       });
+}
+
+inline void test_mask(const WindowMask& window, int first_query, int first_key) {
+  test_mask_of<32, 64, 1>(window, first_query, first_key);
+  test_mask_of<64, 96, 4>(window, first_query, first_key);  // warps take turns
 }
 
 inline void test_masks() {
@@ -66,7 +75,7 @@ static __global__ void softmax_kernel(const float* g_scores, float scale, int ro
   for (int tile = 0; tile < kTiles; ++tile) {
     Scores r_scores;
     r_scores.transform([&](float, int row, int block, int i) {
-      return g_scores[(tile * Scores::kRows + device::accumulator_row(row)) * Scores::kCols +
+      return g_scores[(tile * Scores::kRows + Scores::row(row)) * Scores::kCols +
                       Scores::col(block, i)];
     });
     Scores::RowValues rescale;
@@ -74,7 +83,7 @@ static __global__ void softmax_kernel(const float* g_scores, float scale, int ro
     if (ptx::lane_index() == 0) {
       g_raised[tile] = raised;
     }
-    device::store_row_values(rescale, g_rescale + tile * Scores::kRows, 0, rows);
+    device::store_row_values<Scores>(rescale, g_rescale + tile * Scores::kRows, 0, rows);
     for (int row = 0; row < Scores::kRowsPerThread; ++row) {
       r_sum[row] *= raised ? rescale[row] : 1.0f;
     }
@@ -86,11 +95,11 @@ static __global__ void softmax_kernel(const float* g_scores, float scale, int ro
   Scores::RowValues lse;
   Scores::RowValues normalizer;
   softmax.finalize(lse, normalizer);
-  device::store_row_values(lse, g_lse, 0, rows);
+  device::store_row_values<Scores>(lse, g_lse, 0, rows);
   for (int row = 0; row < Scores::kRowsPerThread; ++row) {
     r_sum[row] = device::row_sum(r_sum[row]) * normalizer[row];
   }
-  device::store_row_values(r_sum, g_sum, 0, rows);
+  device::store_row_values<Scores>(r_sum, g_sum, 0, rows);
 }
 
 // Rows `sees_nothing` and `sees_nan` are special; -1: there is none.
