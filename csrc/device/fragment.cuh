@@ -78,6 +78,21 @@ struct Accumulator {
     }
   }
 
+  // Calls visit(element, row_of_thread).
+  template <typename Visit>
+  FA_DEVICE void for_each(Visit&& visit) const {
+#pragma unroll
+    for (int a = 0; a < kRowBlocks; ++a) {
+#pragma unroll
+      for (int b = 0; b < kColBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          visit(r[a][b][i], 2 * a + i / 2);
+        }
+      }
+    }
+  }
+
   FA_DEVICE void clear() {
     transform([](float, int, int, int) { return 0.0f; });
   }

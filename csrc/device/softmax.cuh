@@ -29,56 +29,88 @@ class OnlineSoftmax {
     }
   }
 
-  // Turns raw scores into exp(scale * (score - m)). True if the warp must multiply what it summed
-  // from earlier tiles by `rescale`.
+  // The largest score of each row.
   template <typename Scores>
-  FA_DEVICE bool update(Scores& r_scores, RowValues& rescale) {
+  static FA_DEVICE void largest(const Scores& r_scores, RowValues& largest) {
     static_assert(Scores::kRowsPerThread == kRowsPerThread);
-    RowValues tile_max;
 #pragma unroll
-    for (float& max : tile_max) {
+    for (float& max : largest) {
       max = -INFINITY;
     }
-    r_scores.transform([&](float score, int row, int, int) {
-      tile_max[row] = fmaxf(tile_max[row], score);
-      return score;
-    });
-
-    RowValues base;
-    bool raised = false;
+    r_scores.for_each([&](float score, int row) { largest[row] = fmaxf(largest[row], score); });
 #pragma unroll
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      const float largest = row_max(tile_max[row]);
-      const float before = max_[row];
-      const bool raise = (largest - before) * scale_log2_ > kSlack;
-      max_[row] = raise ? largest : before;
-      base[row] = base_of(max_[row]);
-      rescale[row] = raise ? ptx::exp2_approx(fmaf(before, scale_log2_, -base[row])) : 1.0f;
-      sum_[row] *= rescale[row];
-      raised |= raise;
+    for (float& max : largest) {
+      max = row_max(max);
     }
-
-    r_scores.transform([&](float score, int row, int, int) {
-      const float p = ptx::exp2_approx(fmaf(score, scale_log2_, -base[row]));
-      sum_[row] += p;  // of this thread's columns; finalize adds the quad's
-      return p;
-    });
-    return __any_sync(~0u, raised);
   }
 
-  // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.
-  FA_DEVICE void finalize(RowValues& lse, RowValues& normalizer) const {
+  // Whether scores this large raise m, in any row of this thread.
+  FA_DEVICE bool raises(const RowValues& largest) const {
+    bool any = false;
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
-      const float sum = row_sum(sum_[row]);
-      const bool sees_a_key = !(sum == 0.0f);  // a NaN is seen, and stays NaN
-      lse[row] = sees_a_key ? fmaf(base_of(max_[row]), kLn2, logf(sum)) : -INFINITY;
-      normalizer[row] = sees_a_key ? 1.0f / sum : 0.0f;
+      any |= raises_row(largest[row], row);
+    }
+    return any;
+  }
+
+  // Raises m where it must be. True if it did in any row of this thread; what was summed from
+  // earlier tiles must then be multiplied by `rescale`.
+  FA_DEVICE bool raise(const RowValues& largest, RowValues& rescale) {
+    bool any = false;
+#pragma unroll
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      const float before = max_[row];
+      const bool raised = raises_row(largest[row], row);
+      max_[row] = raised ? largest[row] : before;
+      rescale[row] =
+          raised ? ptx::exp2_approx(fmaf(before, scale_log2_, -base_of(max_[row]))) : 1.0f;
+      sum_[row] *= rescale[row];
+      any |= raised;
+    }
+    return any;
+  }
+
+  // Turns raw scores into exp(scale * (score - m)).
+  template <typename Scores>
+  FA_DEVICE void exponentiate(Scores& r_scores) {
+    RowValues base;
+#pragma unroll
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      base[row] = base_of(max_[row]);
+    }
+    r_scores.transform([&](float score, int row, int, int) {
+      const float p = ptx::exp2_approx(fmaf(score, scale_log2_, -base[row]));
+      sum_[row] += p;  // of this thread's columns
+      return p;
+    });
+  }
+
+  // l, of the columns that this warp has seen.
+  FA_DEVICE void sums(RowValues& sums) const {
+#pragma unroll
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      sums[row] = row_sum(sum_[row]);
+    }
+  }
+
+  // From all of l: lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is
+  // 1 / l, or 0.
+  FA_DEVICE void finalize(const RowValues& sums, RowValues& lse, RowValues& normalizer) const {
+#pragma unroll
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      const bool sees_a_key = !(sums[row] == 0.0f);  // a NaN is seen, and stays NaN
+      lse[row] = sees_a_key ? fmaf(base_of(max_[row]), kLn2, logf(sums[row])) : -INFINITY;
+      normalizer[row] = sees_a_key ? 1.0f / sums[row] : 0.0f;
     }
   }
 
  private:
   static constexpr float kSlack = 8.0f;
+
+  FA_DEVICE bool raises_row(float largest, int row) const {
+    return (largest - max_[row]) * scale_log2_ > kSlack;
+  }
 
   // What exponents are measured from: m in units of log2, and any finite number where m = -inf.
   FA_DEVICE float base_of(float max) const { return max == -INFINITY ? 0.0f : max * scale_log2_; }

@@ -27,7 +27,13 @@ struct KernelConfig {
 
   constexpr int threads() const { return 32 * warps; }
 
-  // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v. Backward:
+  // Forward, where the warps are too few to hold a row of out each: how many share a row, with part of
+  // out's columns each; and of how many keys each of them computes the scores, for the others too.
+  constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
+  constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
+
+  // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v, and where
+  // warps share scores, p and two values for each row on their way. Backward:
   // k and v, two each of q, dout and the rows' statistics (float lse and delta), and p and ds on
   // their way from warp to warp.
   constexpr int64_t smem_bytes() const {
@@ -36,7 +42,11 @@ struct KernelConfig {
     }
     const int64_t element_bytes = 2;
     if (pass == Pass::kForward) {
-      return (tile_m + 4 * tile_n) * head_dim * element_bytes;
+      const int64_t exchange =
+          score_cols() < tile_n
+              ? tile_m * (tile_n * element_bytes + 2 * static_cast<int64_t>(sizeof(float)))
+              : 0;
+      return (tile_m + 4 * tile_n) * head_dim * element_bytes + exchange;
     }
     const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
@@ -68,10 +78,10 @@ using enum MaskMode;
 // clang-format off
 inline constexpr KernelConfig kRows[] = {
   // family  pass       dtype     head_dim  mask  tile_m tile_n warps blocks
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 3},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 3},
   {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 2},
   {kSm80, kForward,  kFloat16,   64, kWindow,  128,  128,  4, 2},
+  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2},
   {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 2},
   {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 2},
   {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   32,  4, 1},
@@ -82,44 +92,35 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kForward,  kFloat16,  128, kWindow,  128,   32,  4, 1},
   {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 1},
   {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 1},
-  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   32,  8, 1},
-  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   32,  8, 1},
+  {kSm80, kForward,  kBFloat16, 192, kWindow,   64,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow,   64,   32,  4, 1},
   {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 1},
   {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 1},
   {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   32,  8, 1},
   {kSm80, kForward,  kFloat16,  256, kWindow,  128,   32,  8, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,   64,   32,  4, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,   64,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow,   32,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow,   32,   32,  4, 1},
   {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   32,  8, 1},
   {kSm80, kForward,  kFloat16,  512, kWindow,   64,   32,  8, 1},
-  {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   16,  8, 1},
-  {kSm80, kForward,  kFloat16,  512, kWindow,   64,   16,  8, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow,   32,   32,  4, 1},
   {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   16,  4, 1},
   {kSm80, kForward,  kFloat16,  512, kWindow,   32,   16,  4, 1},
 
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 3},
   {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   96,  4, 2},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   96,   64,  4, 2},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,  128,  4, 2},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 3},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,  128,  128,  8, 1},
-  {kSm80, kBackward, kFloat16,   64, kWindow,  128,  128,  8, 1},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   32,   64,  4, 1},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   32,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   96,  4, 2},
+  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 1},
   {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 2},
   {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 2},
   {kSm80, kBackward, kBFloat16,  96, kWindow,   32,   64,  4, 1},
   {kSm80, kBackward, kFloat16,   96, kWindow,   32,   64,  4, 1},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,  128,   64,  8, 1},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,   96,  8, 1},
   {kSm80, kBackward, kBFloat16, 128, kWindow,   64,  128,  8, 1},
   {kSm80, kBackward, kFloat16,  128, kWindow,   64,  128,  8, 1},
   {kSm80, kBackward, kBFloat16, 128, kWindow,   32,   64,  4, 1},
   {kSm80, kBackward, kFloat16,  128, kWindow,   32,   64,  4, 1},
   {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 1},
   {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 1},
-  {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   64,  8, 1},
-  {kSm80, kBackward, kFloat16,  192, kWindow,   32,   64,  8, 1},
   {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   32,  4, 1},
   {kSm80, kBackward, kFloat16,  192, kWindow,   32,   32,  4, 1},
   {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 1},

@@ -16,7 +16,7 @@ FA_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 // x, which is the same in all lanes: the compiler learns that and may keep it in a uniform register.
 FA_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-FA_DEVICE int warp_index() { return uniform(static_cast<int>(threadIdx.x) / kWarpSize); }
+FA_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
 // The 32-bit address that shared memory instructions take.
 FA_DEVICE uint32_t smem_address(const void* s_pointer) {

@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     const int row = ScoreGrid::row();
     const int col = ScoreGrid::col();
 
-    // One stretch of code without branches, so that exponentials run between products.
     typename ScoreGrid::Sum r_p;
     r_p.clear();
     device::accumulate_abt(r_p, s_q, row, s.k, col);
@@ -120,14 +119,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       const float lse_log2 = s_statistics.lse_log2[row + ScoreGrid::Sum::row(i)];
       return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
     });
-    typename ScoreGrid::Sum r_ds;  // dp, then ds
-    r_ds.clear();
-    device::accumulate_abt(r_ds, s_dout, row, s.v, col);
-
     const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
     if (!device::covers(unmasked_queries, tile_queries)) {
       device::keep_visible(r_p, window, first_query + row, first_key + col, 0.0f);
     }
+
+    typename ScoreGrid::Sum r_ds;  // dp, then ds
+    r_ds.clear();
+    device::accumulate_abt(r_ds, s_dout, row, s.v, col);
+
     r_ds.transform([&](float dp, int i, int block, int j) {
       const float delta = s_statistics.delta[row + ScoreGrid::Sum::row(i)];
       return r_p.r[i / 2][block][j] * (dp - delta);

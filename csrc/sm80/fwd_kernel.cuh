@@ -6,6 +6,11 @@
 // k and v have two shared tiles each: k(j + 1) and v(j + 1) are copied under all of tile j. One
 // barrier per tile of keys orders this: k(j) and v(j) have arrived, and every warp is done with tile
 // j - 1.
+//
+// Where head_dim is large, two warps own the same rows, with half of the columns of out each. Each
+// computes the scores of half of the keys and gives p to the other through shared memory. The pair
+// meets twice per tile of keys at a barrier of its own: to agree whether m is raised, which is rare
+// and takes two meetings more, and when p is written.
 #pragma once
 
 #include <cfloat>
@@ -17,9 +22,54 @@
 #include "device/mask.cuh"
 #include "device/softmax.cuh"
 #include "device/warp_mma.cuh"
+#include "ptx/barrier.cuh"
 #include "sm80/traits.h"
 
 namespace fa::sm80 {
+
+// The two warps that own the same rows, or a warp that has its rows to itself.
+template <typename Traits>
+class Pair {
+ public:
+  FA_DEVICE Pair(typename Traits::SharedMemory& s, int row_warp, int col_warp)
+      : s_(s), row_warp_(row_warp), col_warp_(col_warp) {}
+
+  // When both have come here, shared memory shows each what the other wrote before.
+  FA_DEVICE void sync() const { ptx::barrier_sync<kThreads>(barrier()); }
+
+  FA_DEVICE bool any(bool predicate) const {
+    return ptx::barrier_any<kThreads>(barrier(), predicate);
+  }
+
+  // Each row's value becomes operation(of one warp, of the other).
+  template <typename Operation>
+  FA_DEVICE void combine(typename Traits::Out::RowValues& values, Operation&& operation) const {
+    if constexpr (Traits::kSharesScores) {
+      const int first = row_warp_ * Traits::kWarpRows;
+      sync();  // the other has read what was exchanged before
+      if (device::leads_row()) {
+#pragma unroll
+        for (int i = 0; i < Traits::Out::kRowsPerThread; ++i) {
+          s_.row_values[col_warp_][first + Traits::Out::row(i)] = values[i];
+        }
+      }
+      sync();
+#pragma unroll
+      for (int i = 0; i < Traits::Out::kRowsPerThread; ++i) {
+        const int row = first + Traits::Out::row(i);
+        values[i] = operation(s_.row_values[0][row], s_.row_values[1][row]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kThreads = 2 * ptx::kWarpSize;
+  FA_DEVICE int barrier() const { return 1 + row_warp_; }
+
+  typename Traits::SharedMemory& s_;
+  int row_warp_;
+  int col_warp_;
+};
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
@@ -33,8 +83,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   const Shape& shape = params.shape;
-  const int warp_row = ptx::warp_index() % Traits::kRowWarps * Traits::kWarpRows;
-  const int warp_col = ptx::warp_index() / Traits::kRowWarps * Traits::kSlice;
+  const int row_warp = ptx::uniform(ptx::warp_index()) % Traits::kRowWarps;
+  const int col_warp = ptx::uniform(ptx::warp_index()) / Traits::kRowWarps;
+  const int warp_row = row_warp * Traits::kWarpRows;
+  const int warp_col = col_warp * Traits::kSlice;
+  const int warp_key = Traits::kSharesScores ? col_warp * Scores::kCols : 0;
 
   // exp2 wants a positive scale: a negative one is moved into q, and a tiny one stands for zero,
   // which would turn a masked -inf into NaN.
@@ -57,8 +110,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Range unmasked_keys = window.keys_seen_by_all({warp_query, warp_query + Out::kRows});
 
   const auto query_rows = [&](const TensorView& view) {
-    return device::global_tile<Element>(view, sequence_q, tile.batch, first_query, tile.head,
-                                        shape.head_dim);
+    return device::global_tile<Element>(view, params.queries.at(tile.batch, shape.seqlen_q),
+                                        tile.batch, first_query, tile.head, shape.head_dim);
   };
   const auto load_keys = [&](const TensorView& view, int first_key, auto& s_tile) {
     s_tile.template load_async<kThreads>(
@@ -81,6 +134,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     s.q.template negate<kThreads>();
   }
 
+  const Pair<Traits> pair(s, row_warp, col_warp);
   device::OnlineSoftmax<Out::kRowsPerThread> softmax(positive_scale);
   Out r_out;  // not yet normalized
   r_out.clear();
@@ -104,29 +158,51 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     if (is_first || (first_key < warp_keys.end && next_key > warp_keys.begin)) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
-      device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], 0);
+      device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], warp_key);
       if (!device::covers(unmasked_keys, {first_key, next_key})) {
-        device::keep_visible(r_scores, window, warp_query, first_key, -INFINITY);
+        device::keep_visible(r_scores, window, warp_query, first_key + warp_key, -INFINITY);
       }
+      typename Out::RowValues largest;
       typename Out::RowValues rescale;
-      if (softmax.update(r_scores, rescale)) {
+      softmax.largest(r_scores, largest);
+      bool raised = true;
+      if constexpr (Traits::kSharesScores) {
+        raised = pair.any(softmax.raises(largest));
+        if (raised) {
+          pair.combine(largest, [](float a, float b) { return fmaxf(a, b); });
+        }
+      }
+      raised = raised && softmax.raise(largest, rescale);
+      softmax.exponentiate(r_scores);
+      if (__any_sync(~0u, raised)) {
         r_out.scale_rows(rescale);
+      }
+      if constexpr (Traits::kSharesScores) {
+        device::store_elements(r_scores, s.p, warp_row, warp_key);
       }
       const auto r_p = device::to_operand<Element>(r_scores);
       if (is_first) {
         ptx::cp_async_wait_group<1>();
         __syncthreads();
       }
-      device::accumulate_ab(r_out, r_p, s.v[stage], warp_col);
+      if constexpr (Traits::kSharesScores) {
+        pair.sync();
+        device::accumulate_ab(r_out, s.p, warp_row, s.v[stage], warp_col);
+      } else {
+        device::accumulate_ab(r_out, r_p, s.v[stage], warp_col);
+      }
     }
     stage ^= 1;
   }
 
+  typename Out::RowValues sums;
   typename Out::RowValues lse;
   typename Out::RowValues normalizer;
-  softmax.finalize(lse, normalizer);
+  softmax.sums(sums);
+  pair.combine(sums, [](float a, float b) { return a + b; });
+  softmax.finalize(sums, lse, normalizer);
   r_out.scale_rows(normalizer);
-  if (warp_col == 0) {
+  if (col_warp == 0) {
     device::store_row_values<Out>(
         lse, params.softmax_lse.row<float>(tile.batch, tile.head) + sequence_q.begin,
         first_query + warp_row, sequence_q.length);
@@ -134,7 +210,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // Where these queries see no key, the copy of q is still under way here.
   ptx::cp_async_wait_all();
   __syncthreads();
-  device::store_elements(r_out, s.q, warp_row, warp_col);
+  const int warp = static_cast<int>(ptx::opaque(threadIdx.x)) / ptx::kWarpSize;
+  device::store_elements(r_out, s.q, warp % Traits::kRowWarps * Traits::kWarpRows,
+                         warp / Traits::kRowWarps * Traits::kSlice);
   __syncthreads();
   s.q.template store<kThreads>(query_rows(params.out));
 }

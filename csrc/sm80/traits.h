@@ -34,27 +34,30 @@ struct Traits {
   using Rows = device::SmemTile<Element, kRows, kHeadDim>;
 };
 
-// Each warp owns whole rows of scores, so that the softmax stays inside a warp, and as many columns
-// of out as its registers hold: all of them, or half of those of the largest head_dim, where two
-// warps then compute the same scores.
+// A warp owns rows of out, all columns or half of them; two warps then share their scores.
 template <int kRow>
 struct FwdTraits : Traits<kRow> {
   using Base = Traits<kRow>;
-  static constexpr int kWarpRows = max(Base::kTileM / Base::kWarps, device::kBlockRows);
-  static constexpr int kRowWarps = Base::kTileM / kWarpRows;
-  static constexpr int kColWarps = Base::kWarps / kRowWarps;
+  static constexpr int kColWarps = Base::kConfig.col_warps();
+  static constexpr int kRowWarps = Base::kWarps / kColWarps;
+  static constexpr int kWarpRows = Base::kTileM / kRowWarps;
+  static constexpr bool kSharesScores = Base::kConfig.score_cols() < Base::kTileN;
   static constexpr int kSlice = 2 * device::kBlockCols;
 
-  using Scores = device::Accumulator<kWarpRows, Base::kTileN>;
-  using Out =
-      device::Accumulator<kWarpRows, Base::kHeadDim / kColWarps, device::kBlockRows,
-                          kSlice * kColWarps>;
+  using Scores = device::Accumulator<kWarpRows, Base::kConfig.score_cols()>;
+  using Out = device::Accumulator<kWarpRows, Base::kHeadDim / kColWarps, device::kBlockRows,
+                                  kSlice * kColWarps>;
 
-  struct SharedMemory {
+  struct Tiles {
     typename Base::template Rows<Base::kTileM> q;
     typename Base::template Rows<Base::kTileN> k[kStages];
     typename Base::template Rows<Base::kTileN> v[kStages];
   };
+  struct TilesAndExchange : Tiles {
+    device::SmemTile<typename Base::Element, Base::kTileM, Base::kTileN> p;
+    float row_values[2][Base::kTileM];
+  };
+  using SharedMemory = std::conditional_t<kSharesScores, TilesAndExchange, Tiles>;
   static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
 };
 

@@ -78,10 +78,14 @@ static __global__ void softmax_kernel(const float* g_scores, float scale, int ro
       return g_scores[(tile * Scores::kRows + Scores::row(row)) * Scores::kCols +
                       Scores::col(block, i)];
     });
+    Scores::RowValues largest;
     Scores::RowValues rescale;
-    const bool raised = softmax.update(r_scores, rescale);
+    softmax.largest(r_scores, largest);
+    const bool raises = __any_sync(~0u, softmax.raises(largest));
+    const bool raised = __any_sync(~0u, softmax.raise(largest, rescale));
+    softmax.exponentiate(r_scores);
     if (ptx::lane_index() == 0) {
-      g_raised[tile] = raised;
+      g_raised[tile] = raises == raised ? raised : -1;  // raises() foretells raise()
     }
     device::store_row_values<Scores>(rescale, g_rescale + tile * Scores::kRows, 0, rows);
     for (int row = 0; row < Scores::kRowsPerThread; ++row) {
@@ -92,9 +96,11 @@ static __global__ void softmax_kernel(const float* g_scores, float scale, int ro
       return p;
     });
   }
+  Scores::RowValues total;
   Scores::RowValues lse;
   Scores::RowValues normalizer;
-  softmax.finalize(lse, normalizer);
+  softmax.sums(total);
+  softmax.finalize(total, lse, normalizer);
   device::store_row_values<Scores>(lse, g_lse, 0, rows);
   for (int row = 0; row < Scores::kRowsPerThread; ++row) {
     r_sum[row] = device::row_sum(r_sum[row]) * normalizer[row];
