@@ -1,35 +1,96 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Prints the README's support table from the kernel table: `python .ci/support_table.py`."""
+"""Prints the README's support tables from the kernel table: `python .ci/support_table.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import flash_attn_cuda
+
+Row = dict[str, Any]
 
 DEVICES = {
     "cpu": "every x86-64 and aarch64",
-    "sm80": "NVIDIA GPUs from Ampere on (compute capability 8.0 and newer)",
+    "sm80": "NVIDIA GPUs from Ampere on: machine code for 8.x and 9.0, PTX for newer ones",
 }
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+PASSES = {"fwd": "forward", "bwd": "backward"}
+# Shared memory of a block, in KiB, and the compute capabilities that have it.
+MEMORY = {99: "8.6, 8.9, 12.0", 163: "8.0, 8.7", 227: "9.0, 10.0"}
 
 
-def support_table() -> str:
-    kernels = flash_attn_cuda.build_info()["kernels"]
-    lines = [
-        "| family | runs on | pass | dtypes | head_dim | causal, windows, GQA/MQA, any lengths |",
-        "|---|---|---|---|---|---|",
-    ]
+def join(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
+
+
+def table(header: list[str], body: list[list[str]]) -> str:
+    rule = "|" + "---|" * len(header)
+    header_line, *lines = (f"| {' | '.join(cells)} |" for cells in [header, *body])
+    return "\n".join([header_line, rule, *lines])
+
+
+def what_runs(rows: list[Row]) -> tuple[str, str, str]:
+    """The dtypes, head dimensions and masks of a family's rows of one pass."""
+    dtypes = join(SHORT[row["dtype"]] for row in rows)
+    largest = max(row["head_dim"] for row in rows)
+    windowed = {row["dtype"] for row in rows if row["mask"] == "window"}
+    everywhere = windowed == {row["dtype"] for row in rows}
+    return dtypes, f"1 to {largest}", "yes" if everywhere else "in part"
+
+
+def families(kernels: list[Row]) -> str:
+    body = []
     for family in dict.fromkeys(row["family"] for row in kernels):
-        for pass_name, title in (("fwd", "forward"), ("bwd", "backward")):
+        passes: dict[tuple[str, str, str], list[str]] = {}
+        for pass_name, title in PASSES.items():
             rows = [r for r in kernels if r["family"] == family and r["pass"] == pass_name]
-            dtypes = ", ".join(dict.fromkeys(SHORT[row["dtype"]] for row in rows))
-            largest = max(row["head_dim"] for row in rows)
-            windowed = {row["dtype"] for row in rows if row["mask"] == "window"}
-            masks = "yes" if windowed == {row["dtype"] for row in rows} else "in part"
-            lines.append(
-                f"| {family} | {DEVICES[family]} | {title} | {dtypes} | 1 to {largest} | {masks} |"
-            )
-    return "\n".join(lines)
+            passes.setdefault(what_runs(rows), []).append(title)
+        body += [[family, DEVICES[family], join(names), *what] for what, names in passes.items()]
+    last = "causal, windows, GQA/MQA, any lengths"
+    return table(["family", "runs on", "pass", "dtypes", "head_dim", last], body)
+
+
+def fits(row: Row, kib: int) -> bool:
+    """As KernelConfig::fits: each block takes 1 KiB more, and a multiprocessor has 1 KiB more."""
+    return row["blocks"] * (row["smem_bytes"] + 1024) <= (kib + 1) * 1024
+
+
+def first_row(kernels: list[Row], pass_name: str, dtype: str, head_dim: int, kib: int) -> Row:
+    return next(
+        row
+        for row in kernels
+        if (row["family"], row["pass"], row["dtype"]) == ("sm80", pass_name, dtype)
+        and row["head_dim"] >= head_dim
+        and row["mask"] == "window"
+        and fits(row, kib)
+    )
+
+
+def tiles(kernels: list[Row]) -> str:
+    def cell(pass_name: str, head_dim: int, kib: int) -> str:
+        rows = (first_row(kernels, pass_name, t, head_dim, kib) for t in ("bfloat16", "float16"))
+        return join(f"{row['tile_m']}x{row['tile_n']}" for row in rows)
+
+    head_dims = sorted({row["head_dim"] for row in kernels if row["family"] == "sm80"})
+    columns = [(pass_name, kib) for pass_name in PASSES for kib in MEMORY]
+    return table(
+        ["head_dim up to", *(f"{PASSES[pass_name]}, {kib} KiB" for pass_name, kib in columns)],
+        [[str(n), *(cell(pass_name, n, kib) for pass_name, kib in columns)] for n in head_dims],
+    )
+
+
+def support_tables() -> str:
+    kernels = flash_attn_cuda.build_info()["kernels"]
+    memory = "; ".join(f"{kib} KiB on {capabilities}" for kib, capabilities in MEMORY.items())
+    return f"""\
+{families(kernels)}
+
+On CUDA a head_dim between two of these runs as the larger one, in tiles (queries x keys) that fit the shared
+memory of a block: {memory}.
+
+{tiles(kernels)}"""
 
 
 if __name__ == "__main__":
-    print(support_table())
+    print(support_tables())

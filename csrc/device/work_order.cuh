@@ -8,19 +8,22 @@
 
 namespace fa::device {
 
+FA_DEVICE WorkTile uniform(const WorkTile& tile) {
+  return {ptx::uniform(tile.tile), ptx::uniform(tile.head), ptx::uniform(tile.batch)};
+}
+
 // The work item of this block. In a deterministic pass a block draws it when it begins, so that
 // items begin in their order whatever order the hardware starts blocks in.
 FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace& workspace) {
   if (workspace.ticket() == nullptr) {
-    return scheduler.at(scheduler.first + blockIdx.x);
+    return uniform(scheduler.at(scheduler.first + blockIdx.x));
   }
   __shared__ int64_t s_ticket;
   if (threadIdx.x == 0) {
     s_ticket = static_cast<int64_t>(atomicAdd(workspace.ticket(), 1ULL));
   }
   __syncthreads();
-  const WorkTile tile = scheduler.heads_first(s_ticket);
-  return {ptx::uniform(tile.tile), ptx::uniform(tile.head), ptx::uniform(tile.batch)};
+  return uniform(scheduler.heads_first(s_ticket));
 }
 
 // Between construction and end(), the only block that adds to a tile, and the one whose turn it is:

@@ -69,8 +69,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Range unmasked_queries = window.queries_seeing_all(keys);
   const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
+  // Looked up again where it is used, rather than kept in registers through the loop.
   const auto key_rows = [&](const TensorView& view) {
-    return device::global_tile<Element>(view, params.keys.at(tile.batch, shape.seqlen_k), tile.batch,
+    const int batch = static_cast<int>(ptx::opaque(tile.batch));
+    return device::global_tile<Element>(view, params.keys.at(batch, shape.seqlen_k), batch,
                                         first_key, tile.head, shape.head_dim);
   };
   s.k.template load_async<kThreads>(key_rows(params.k));

@@ -21,6 +21,7 @@
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
 #include "device/softmax.cuh"
+#include "device/work_order.cuh"
 #include "device/warp_mma.cuh"
 #include "ptx/barrier.cuh"
 #include "sm80/traits.h"
@@ -83,8 +84,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   const Shape& shape = params.shape;
-  const int row_warp = ptx::uniform(ptx::warp_index()) % Traits::kRowWarps;
-  const int col_warp = ptx::uniform(ptx::warp_index()) / Traits::kRowWarps;
+  // Neighbours share rows: where the mask leaves rows at the top of a tile idle, those that work are
+  // spread over all schedulers.
+  const int warp = ptx::warp_index();
+  const int row_warp = warp / Traits::kColWarps;
+  const int col_warp = warp % Traits::kColWarps;
   const int warp_row = row_warp * Traits::kWarpRows;
   const int warp_col = col_warp * Traits::kSlice;
   const int warp_key = Traits::kSharesScores ? col_warp * Scores::kCols : 0;
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float positive_scale = fmaxf(fabsf(softmax_scale), FLT_MIN);
 
-  const WorkTile tile = scheduler.last_first(scheduler.first + blockIdx.x);
+  const WorkTile tile = device::uniform(scheduler.last_first(scheduler.first + blockIdx.x));
   const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
   const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
   const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
@@ -109,9 +113,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Range warp_keys = window.keys_seen_by_any({warp_query, warp_query + Out::kRows});
   const Range unmasked_keys = window.keys_seen_by_all({warp_query, warp_query + Out::kRows});
 
+  // Looked up again where it is used, rather than kept in registers through the loop.
   const auto query_rows = [&](const TensorView& view) {
-    return device::global_tile<Element>(view, params.queries.at(tile.batch, shape.seqlen_q),
-                                        tile.batch, first_query, tile.head, shape.head_dim);
+    const int batch = static_cast<int>(ptx::opaque(tile.batch));
+    return device::global_tile<Element>(view, params.queries.at(batch, shape.seqlen_q), batch,
+                                        first_query, tile.head, shape.head_dim);
   };
   const auto load_keys = [&](const TensorView& view, int first_key, auto& s_tile) {
     s_tile.template load_async<kThreads>(
@@ -125,9 +131,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   s.q.template load_async<kThreads>(query_rows(params.q));
   if (!keys.empty()) {
     load_keys(params.k, keys_begin, s.k[0]);
-    ptx::cp_async_commit();
     load_keys(params.v, keys_begin, s.v[0]);
-    ptx::cp_async_commit();
   }
   if (softmax_scale < 0.0f) {
     ptx::cp_async_wait_all();
@@ -142,20 +146,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   int stage = 0;
   for (int first_key = keys_begin; first_key < keys.end; first_key += kTileN) {
     const int next_key = first_key + kTileN;
-    // A block alone on its multiprocessor begins before its first v has arrived.
-    const bool is_first = Traits::kBlocks == 1 && first_key == keys_begin;
-    if (is_first) {
-      ptx::cp_async_wait_group<1>();
-    } else {
-      ptx::cp_async_wait_group<0>();
-    }
+    ptx::cp_async_wait_all();
     __syncthreads();
     if (next_key < keys.end) {
       load_keys(params.k, next_key, s.k[stage ^ 1]);
       load_keys(params.v, next_key, s.v[stage ^ 1]);
     }
-    ptx::cp_async_commit();
-    if (is_first || (first_key < warp_keys.end && next_key > warp_keys.begin)) {
+    if ((first_key < warp_keys.end && next_key > warp_keys.begin)) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
       device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], warp_key);
@@ -181,10 +178,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         device::store_elements(r_scores, s.p, warp_row, warp_key);
       }
       const auto r_p = device::to_operand<Element>(r_scores);
-      if (is_first) {
-        ptx::cp_async_wait_group<1>();
-        __syncthreads();
-      }
       if constexpr (Traits::kSharesScores) {
         pair.sync();
         device::accumulate_ab(r_out, s.p, warp_row, s.v[stage], warp_col);
@@ -210,9 +203,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // Where these queries see no key, the copy of q is still under way here.
   ptx::cp_async_wait_all();
   __syncthreads();
-  const int warp = static_cast<int>(ptx::opaque(threadIdx.x)) / ptx::kWarpSize;
-  device::store_elements(r_out, s.q, warp % Traits::kRowWarps * Traits::kWarpRows,
-                         warp / Traits::kRowWarps * Traits::kSlice);
+  device::store_elements(r_out, s.q, warp_row, warp_col);
   __syncthreads();
   s.q.template store<kThreads>(query_rows(params.out));
 }

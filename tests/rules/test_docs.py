@@ -1,26 +1,58 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The README is true: its table is the kernel table's, its paths exist, its Python runs."""
+"""The README is true: its tables are the kernel table's, its paths exist, its Python runs."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import flash_attn_cuda
+from flash_attn_cuda import _C
+
 ROOT = Path(__file__).resolve().parents[2]
+BUILD = flash_attn_cuda.build_info()
 README = (ROOT / "README.md").read_text()
-CSRC_README = (ROOT / "csrc" / "README.md").read_text()
+CSRC_BUILD = flash_attn_cuda.build_info()
+README = (ROOT / "csrc" / "README.md").read_text()
 
 
-def test_support_table_is_the_kernel_tables() -> None:
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
     spec = importlib.util.spec_from_file_location("table", ROOT / ".ci" / "support_table.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.support_table() in README, "paste the output of python .ci/support_table.py"
+    return module
+
+
+def test_support_tables_are_the_kernel_tables(table: ModuleType) -> None:
+    assert table.support_tables() in README, "paste the output of python .ci/support_table.py"
+
+
+@pytest.mark.skipif(BUILD["cuda_version"] is None, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("pass_name", ["fwd", "bwd"])
+def test_support_tables_choose_as_selection_does(table: ModuleType, pass_name: str) -> None:
+    for kib in table.MEMORY:
+        for head_dim in (1, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257, 512):
+            decision = _C.explain(
+                pass_name=pass_name,
+                dtype="bfloat16",
+                head_dim=head_dim,
+                seqlen_q=1000,
+                seqlen_k=1000,
+                window_left=-1,
+                window_right=0,
+                on_cuda=True,
+                compute_capability=int(BUILD["architectures"][0].partition("_")[2].rstrip("a")),
+                smem_opt_in=kib * 1024,
+            )
+            row = table.first_row(BUILD["kernels"], pass_name, "bfloat16", head_dim, kib)
+            assert decision["kernel"] == row["name"]
 
 
 @pytest.mark.parametrize("text", [README, CSRC_README], ids=["README.md", "csrc/README.md"])

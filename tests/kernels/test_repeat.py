@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The same call again, while the GPU has other work too: the same bits, where they are promised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn_cuda import flash_attn_func
+from tests.support.cases import Case, Inputs, make_inputs
+from tests.support.compare import assert_bitwise_equal, assert_within_bound, expected_with_bounds
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+NOISE = 4096  # rows and columns of a product that fills the GPU for a fraction of a millisecond
+
+CASES = [
+    Case(
+        batch=1,
+        seqlen_q=1000,
+        seqlen_k=1100,
+        heads=8,
+        heads_kv=2,
+        head_dim=head_dim,
+        dtype=dtype,
+        causal=causal,
+        device="cuda",
+    )
+    for head_dim, dtype in ((64, "bfloat16"), (64, "float16"), (128, "bfloat16"), (256, "bfloat16"))
+    for causal in (False, True)
+]
+
+
+def _step(case: Case, inputs: Inputs, *, deterministic: bool = False) -> tuple[Tensor, ...]:
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out, lse = flash_attn_func(
+        q, k, v, deterministic=deterministic, return_lse=True, **case.mask_arguments
+    )
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+
+def _noise() -> Callable[[], None]:
+    """A function that gives another stream more work, of ever different extent."""
+    stream = torch.cuda.Stream()
+    factor = torch.randn(NOISE, NOISE, device="cuda", dtype=torch.bfloat16)
+    product = torch.empty_like(factor)
+    stream.wait_stream(torch.cuda.current_stream())
+    choice = random.Random(0).choice
+
+    def add() -> None:
+        rows = choice((0, 128, 512, NOISE // 2, NOISE))
+        with torch.cuda.stream(stream):
+            torch.mm(factor[:rows], factor, out=product[:rows])
+
+    return add
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deterministic_results_are_the_same_bits_a_thousand_times(case: Case) -> None:
+    inputs = make_inputs(case)
+    first = _step(case, inputs, deterministic=True)
+    differs = torch.zeros(len(NAMES), dtype=torch.bool, device="cuda")
+    make_noise = _noise()
+    for _ in range(1000):
+        make_noise()
+        again = _step(case, inputs, deterministic=True)
+        differs |= torch.stack(
+            [(a.view(torch.int16) != b.view(torch.int16)).any() for a, b in zip(again, first)]
+        )
+    torch.cuda.synchronize()
+    assert not differs.any(), [name for name, any_bit in zip(NAMES, differs.tolist()) if any_bit]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torchs_setting_means_the_same(case: Case) -> None:
+    inputs = make_inputs(case)
+    by_argument = _step(case, inputs, deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        by_setting = _step(case, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, actual, expected in zip(NAMES, by_setting, by_argument, strict=True):
+        assert_bitwise_equal(name, actual, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_by_default_all_but_dq_are_the_same_bits(case: Case) -> None:
+    inputs = make_inputs(case)
+    expected = expected_with_bounds(
+        inputs.q, inputs.k, inputs.v, inputs.dout, **case.mask_arguments
+    )
+    first = _step(case, inputs)
+    make_noise = _noise()
+    for _ in range(30):
+        make_noise()
+        for name, actual, once in zip(NAMES, _step(case, inputs), first, strict=True):
+            if name == "dq":
+                assert_within_bound(name, actual, expected.values[name], expected.bounds[name])
+            else:
+                assert_bitwise_equal(name, actual, once)
