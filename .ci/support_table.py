@@ -82,12 +82,12 @@ def tiles(kernels: list[Row]) -> str:
 
 def support_tables() -> str:
     kernels = flash_attn_cuda.build_info()["kernels"]
-    memory = "; ".join(f"{kib} KiB on {capabilities}" for kib, capabilities in MEMORY.items())
+    memory = "; ".join(f"{kib} KiB on {names}" for kib, names in MEMORY.items())
     return f"""\
 {families(kernels)}
 
-On CUDA a head_dim between two of these runs as the larger one, in tiles (queries x keys) that fit the shared
-memory of a block: {memory}.
+On CUDA, in tiles (queries x keys) by the shared memory of a block on each compute capability:
+{memory}.
 
 {tiles(kernels)}"""
 

@@ -8,7 +8,6 @@ paid once, while tracing.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -130,12 +129,6 @@ torch.library.register_autograd(
 torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
 
 
-def _keep_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Function.apply() inspects forward's signature at every call; kept, it costs a look-up."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
-
-
 # For eager mode.
 def _run(operator: Callable[..., Any], *inputs: Any) -> Any:
     """Call an operator past the autograd registered above; its errors get their own types."""
@@ -148,7 +141,6 @@ def _run(operator: Callable[..., Any], *inputs: Any) -> Any:
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    @_keep_signature
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _run(_bwd, *inputs)
         return dq, dk, dv
@@ -164,17 +156,39 @@ class _Forward(torch.autograd.Function):
     """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2, with gradients through out and LSE."""
 
     @staticmethod
-    @_keep_signature
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, softmax_lse = _run(_fwd, *inputs)
+        _setup_context(ctx, inputs, (out, softmax_lse))
+        return out, softmax_lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        run_bwd = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        return _gradients(run_bwd, ctx, dout, dlse)
+
+
+class _TransformedForward(_Forward):
+    """The same for torch.func, which demands a setup_context. With one, apply() binds its arguments
+    to forward's signature at every call, which takes longer than the operator."""
+
+    @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         out, softmax_lse = _run(_fwd, *inputs)
         return out, softmax_lse
 
     setup_context = staticmethod(_setup_context)
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        run_bwd = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-        return _gradients(run_bwd, ctx, dout, dlse)
+
+# Where torch lacks this, the slower function serves all calls.
+_inside_torch_func: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: True
+)
+
+
+def _eager(*inputs: Any) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        return _run(_fwd, *inputs)
+    return (_TransformedForward if _inside_torch_func() else _Forward).apply(*inputs)
 
 
 def attention(
@@ -200,8 +214,5 @@ def attention(
         out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
         natural log.
     """
-    run: Callable[..., Any] = _Forward.apply if torch.is_grad_enabled() else _Forward.forward
-    if torch.compiler.is_compiling():
-        run = _fwd
-    out, softmax_lse = run(q, k, v, softmax_scale, window_left, window_right, deterministic)
-    return out, softmax_lse
+    run = _fwd if torch.compiler.is_compiling() else _eager
+    return run(q, k, v, softmax_scale, window_left, window_right, deterministic)

@@ -19,10 +19,10 @@ double resolve_scale(std::optional<double> softmax_scale, const Shape& shape) {
 }
 
 // Gives the backward pass its workspace: memory that the returned tensor owns.
-Tensor add_workspace(BwdParams& params, const Tensor& q, const KernelConfig& config,
+Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& config,
                      bool deterministic) {
   const Shape& shape = params.shape;
-  if (q.is_cpu()) {
+  if (q.device.is_cpu()) {
     Tensor delta =
         empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, statistics_dtype(config.dtype));
     params.delta = row_statistics(delta);
@@ -33,7 +33,7 @@ Tensor add_workspace(BwdParams& params, const Tensor& q, const KernelConfig& con
   const int64_t all_tiles = tiles * shape.num_heads;
   const bool in_turn = deterministic && all_tiles > 0;  // without queries nothing is added to dq
   Tensor memory = empty({BwdWorkspace::floats(all_tiles, config.tile_m, config.head_dim, in_turn)},
-                        q, torch::headeronly::ScalarType::Float);
+                        q, Dtype::kFloat32);
   params.workspace =
       BwdWorkspace::in(static_cast<float*>(memory.mutable_data_ptr()), shape.num_heads, tiles,
                        config.tile_m, config.head_dim, in_turn);
@@ -45,20 +45,25 @@ Tensor add_workspace(BwdParams& params, const Tensor& q, const KernelConfig& con
 // q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim)
 // -> out like q, softmax_lse (batch, heads, seqlen_q). The forward pass is deterministic in any
 // case: autograd under torch.compile hands the argument on to the backward pass.
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
-                                   std::optional<double> softmax_scale, int64_t window_left,
-                                   int64_t window_right, bool /*deterministic*/) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tensor,
+                                   const Tensor& v_tensor, std::optional<double> softmax_scale,
+                                   int64_t window_left, int64_t window_right,
+                                   bool /*deterministic*/) {
+  const Argument q{"q", q_tensor};
+  const Argument k{"k", k_tensor};
+  const Argument v{"v", v_tensor};
   Shape shape = check_qkv(q, k, v);
   const WindowMask window = check_window(shape, window_left, window_right);
   const double scale = resolve_scale(softmax_scale, shape);
   const int row = select_row(problem_for(Pass::kForward, q, shape, window));
 
   const int head_dim = shape.head_dim;
-  shape.head_dim = kernel_head_dim(q, head_dim);
-  Tensor out =
-      empty({shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q, q.scalar_type());
-  Tensor softmax_lse = empty({shape.batch, shape.num_heads, shape.seqlen_q}, q,
-                             statistics_dtype(table::kRows[row].dtype));
+  shape.head_dim = kernel_head_dim(q);
+  const Dtype dtype = dtype_of(q);
+  const Tensor out =
+      empty({shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q, dtype);
+  const Tensor softmax_lse =
+      empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, statistics_dtype(dtype));
   if (softmax_lse.numel() > 0) {
     const Tensor q_readable = readable(q);
     const Tensor k_readable = readable(k);
@@ -78,25 +83,31 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
 
 // dout and out like q, dlse (gradient of softmax_lse) and softmax_lse (batch, heads, seqlen_q) ->
 // dq, dk, dv.
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
-                                            Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
-                                            std::optional<double> softmax_scale,
-                                            int64_t window_left, int64_t window_right,
-                                            bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
+    const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
+    const Tensor& lse_tensor, std::optional<double> softmax_scale, int64_t window_left,
+    int64_t window_right, bool deterministic) {
+  const Argument dout{"dout", dout_tensor};
+  const Argument q{"q", q_tensor};
+  const Argument k{"k", k_tensor};
+  const Argument v{"v", v_tensor};
+  const Argument out{"out", out_tensor};
+  const Argument softmax_lse{"softmax_lse", lse_tensor};
+  const bool has_dlse = dlse_tensor.has_value();  // softmax_lse stands in for a dlse that is not
+  const Argument dlse{"dlse", has_dlse ? *dlse_tensor : lse_tensor};
   Shape shape = check_qkv(q, k, v);
   const WindowMask window = check_window(shape, window_left, window_right);
   const double scale = resolve_scale(softmax_scale, shape);
-  check_like({"dout", dout}, {"q", q});
-  check_like({"out", out}, {"q", q});
-  check_row_statistics({"softmax_lse", softmax_lse}, shape, q);
-  if (dlse.has_value()) {
-    check_row_statistics({"dlse", *dlse}, shape, q);
-  }
+  check_like(dout, q);
+  check_like(out, q);
+  check_row_statistics(softmax_lse, shape, q);
+  check_row_statistics(dlse, shape, q);
   const int row = select_row(problem_for(Pass::kBackward, q, shape, window));
 
   const int head_dim = shape.head_dim;
-  shape.head_dim = kernel_head_dim(q, head_dim);
-  const auto dtype = q.scalar_type();
+  shape.head_dim = kernel_head_dim(q);
+  const Dtype dtype = dtype_of(q);
   Tensor dq = empty({shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q, dtype);
   Tensor dk = empty({shape.batch, shape.seqlen_k, shape.num_heads_kv, shape.head_dim}, q, dtype);
   Tensor dv = empty({shape.batch, shape.seqlen_k, shape.num_heads_kv, shape.head_dim}, q, dtype);
@@ -107,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     const Tensor out_readable = readable(out);
     const Tensor dout_readable = readable(dout);
     const Tensor lse_readable = make_contiguous(softmax_lse);
-    const Tensor dlse_readable = dlse.has_value() ? make_contiguous(*dlse) : lse_readable;
+    const Tensor dlse_readable = make_contiguous(dlse);
     BwdParams params{.shape = shape,
                      .window = window,
                      .softmax_scale = scale,
@@ -120,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
                      .dk = view(dk),
                      .dv = view(dv),
                      .softmax_lse = row_statistics(lse_readable)};
-    if (dlse.has_value()) {
+    if (has_dlse) {
       params.dlse = row_statistics(dlse_readable);
     }
     const Tensor workspace = add_workspace(params, q, table::kRows[row], deterministic);

@@ -44,12 +44,12 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain_size,
 
 template <typename Params>
 void launch_row(void (*kernel)(const Params&, const LaunchContext&), const Params& params,
-                const Tensor& q) {
-  if (q.is_cpu()) {
+                const Argument& q) {
+  if (q.device.is_cpu()) {
     kernel(params, {.parallel_for = parallel_for});
     return;
   }
-  const int device_index = q.get_device_index();
+  const int device_index = q.device.index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   kernel(params, {.stream = current_cuda_stream(device_index)});
 }
@@ -72,20 +72,20 @@ CudaDevice cuda_device(int device_index) {
 
 void limit_shared_memory(int64_t bytes) { g_smem_limit = bytes; }
 
-Problem problem_for(Pass pass, const Tensor& q, const Shape& shape, const WindowMask& window) {
+Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window) {
   return {.pass = pass,
-          .dtype = dtype_of({"q", q}),
+          .dtype = dtype_of(q),
           .head_dim = shape.head_dim,
           .full_mask = window.is_full(),
-          .on_cuda = q.is_cuda(),
-          .device = q.is_cuda() ? cuda_device(q.get_device_index()) : CudaDevice{}};
+          .on_cuda = q.device.is_cuda(),
+          .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
 }
 
-void launch(const FwdParams& params, const Tensor& q, int row) {
+void launch(const FwdParams& params, const Argument& q, int row) {
   launch_row(registry().kernels[row].forward, params, q);
 }
 
-void launch(const BwdParams& params, const Tensor& q, int row) {
+void launch(const BwdParams& params, const Argument& q, int row) {
   launch_row(registry().kernels[row].backward, params, q);
 }
 

@@ -16,9 +16,9 @@ CudaDevice cuda_device(int device_index);
 // that the kernels for smaller devices are chosen. 0: as much as there is.
 void limit_shared_memory(int64_t bytes);
 
-Problem problem_for(Pass pass, const Tensor& q, const Shape& shape, const WindowMask& window);
+Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window);
 
-void launch(const FwdParams& params, const Tensor& q, int row);
-void launch(const BwdParams& params, const Tensor& q, int row);
+void launch(const FwdParams& params, const Argument& q, int row);
+void launch(const BwdParams& params, const Argument& q, int row);
 
 }  // namespace fa::api

@@ -2,38 +2,49 @@
 #include "api/tensors.h"
 
 #include <limits>
-#include <string>
+#include <ostream>
 
 #include "common/check.h"
 
 namespace fa::api {
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async
 constexpr int64_t kCudaHeadDimMultiple = 8;
 
-std::string shape_text(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(tensor.size(i));
+// Parts of messages, put into words only where there is a message.
+struct ShapeOf {
+  IntHeaderOnlyArrayRef sizes;
+};
+
+std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
+  stream << "(";
+  for (size_t dim = 0; dim < shape.sizes.size(); ++dim) {
+    stream << (dim == 0 ? "" : ", ") << shape.sizes[dim];
   }
-  return text + ")";
+  return stream << ")";
 }
 
-std::string device_text(const Tensor& tensor) {
-  return tensor.is_cpu() ? "cpu" : concat("cuda:", tensor.get_device_index());
+struct DeviceOf {
+  const Argument& argument;
+};
+
+std::ostream& operator<<(std::ostream& stream, const DeviceOf& shown) {
+  const torch::stable::Device& device = shown.argument.device;
+  return device.is_cpu() ? stream << "cpu" : stream << "cuda:" << device.index();
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && (a.is_cpu() || a.get_device_index() == b.get_device_index());
+bool same_device(const Argument& a, const Argument& b) {
+  return a.device.type() == b.device.type() &&
+         (a.device.is_cpu() || a.device.index() == b.device.index());
 }
 
 void check_device(const Argument& argument, const Argument& reference) {
-  check(same_device(argument.tensor, reference.tensor), ErrorKind::kValue, argument.name,
-        ": expected device ", device_text(reference.tensor), " like ", reference.name, ", got ",
-        device_text(argument.tensor));
+  check(same_device(argument, reference), ErrorKind::kValue, argument.name, ": expected device ",
+        DeviceOf{reference}, " like ", reference.name, ", got ", DeviceOf{argument});
 }
 
 void check_same_kind(const Argument& argument, const Argument& reference) {
@@ -44,59 +55,78 @@ void check_same_kind(const Argument& argument, const Argument& reference) {
   check_device(argument, reference);
 }
 
-void check_size(const Argument& argument, int64_t dim, const char* dim_name, int64_t expected) {
-  check(argument.tensor.size(dim) == expected, ErrorKind::kValue, argument.name, ": expected ",
-        dim_name, " ", expected, ", got ", argument.tensor.size(dim), " in shape ",
-        shape_text(argument.tensor));
+void check_size(const Argument& argument, int dim, const char* dim_name, int64_t expected) {
+  check(argument.sizes[dim] == expected, ErrorKind::kValue, argument.name, ": expected ", dim_name,
+        " ", expected, ", got ", argument.sizes[dim], " in shape ", ShapeOf{argument.sizes});
 }
 
-int check_extent(const Argument& argument, int64_t dim, const char* dim_name, int64_t limit) {
-  const int64_t size = argument.tensor.size(dim);
+int check_extent(const Argument& argument, int dim, const char* dim_name, int64_t limit) {
+  const int64_t size = argument.sizes[dim];
   check(size <= limit, ErrorKind::kValue, argument.name, ": expected ", dim_name, " at most ",
         limit, ", got ", size);
   return static_cast<int>(size);
 }
 
-void check_shape(const Argument& argument, std::initializer_list<int64_t> expected) {
-  bool equal = argument.tensor.dim() == static_cast<int64_t>(expected.size());
-  std::string expected_text;
-  int64_t dim = 0;
-  for (int64_t size : expected) {
-    equal = equal && argument.tensor.size(dim) == size;
-    expected_text += (dim == 0 ? "" : ", ") + std::to_string(size);
-    ++dim;
-  }
-  check(equal, ErrorKind::kValue, argument.name, ": expected shape (", expected_text, "), got ",
-        shape_text(argument.tensor));
+void check_shape(const Argument& argument, IntHeaderOnlyArrayRef expected) {
+  check(argument.sizes.equals(expected), ErrorKind::kValue, argument.name, ": expected shape ",
+        ShapeOf{expected}, ", got ", ShapeOf{argument.sizes});
 }
 
 // Runs what makes a tensor on the device of `like`. torch's stable ABI tells that it failed, not
 // why; of a plain allocation or copy, the reason is lack of memory.
 template <typename Make>
-Tensor allocate(const Tensor& like, int64_t elements, Make&& make) {
+Tensor allocate(const Argument& like, int64_t elements, Make&& make) {
   try {
     return make();
   } catch (const std::exception&) {
-    throw Error(ErrorKind::kOutOfMemory, concat(like.is_cpu() ? "CPU" : "CUDA",
+    throw Error(ErrorKind::kOutOfMemory, concat(like.device.is_cpu() ? "CPU" : "CUDA",
                                                 " out of memory. torch could not make a tensor of ",
-                                                elements, " elements on ", device_text(like)));
+                                                elements, " elements on ", DeviceOf{like}));
   }
 }
 
-bool aligned_for_cuda(const Tensor& tensor) {
-  const int64_t bytes = static_cast<int64_t>(tensor.element_size());
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kCudaAlignment == 0;
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    aligned =
-        aligned && (tensor.size(dim) <= 1 || tensor.stride(dim) * bytes % kCudaAlignment == 0);
+int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+bool aligned_for_cuda(const Argument& argument) {
+  const int64_t bytes = bytes_of(dtype_of(argument));
+  bool aligned =
+      reinterpret_cast<uintptr_t>(argument.tensor.const_data_ptr()) % kCudaAlignment == 0;
+  for (int dim = 0; dim < 3; ++dim) {
+    aligned = aligned &&
+              (argument.sizes[dim] <= 1 || argument.strides[dim] * bytes % kCudaAlignment == 0);
   }
   return aligned;
 }
 
+// As torch's stable ABI numbers it.
+int32_t torch_number(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return aoti_torch_dtype_float64();
+    case Dtype::kFloat32:
+      return aoti_torch_dtype_float32();
+    case Dtype::kFloat16:
+      return aoti_torch_dtype_float16();
+    case Dtype::kBFloat16:
+      break;
+  }
+  return aoti_torch_dtype_bfloat16();
+}
+
 }  // namespace
 
+Argument::Argument(const char* name, const Tensor& tensor)
+    : name(name),
+      tensor(tensor),
+      sizes(tensor.sizes()),
+      strides(tensor.strides()),
+      scalar_type(tensor.scalar_type()),
+      device(tensor.device()) {}
+
 Dtype dtype_of(const Argument& argument) {
-  switch (argument.tensor.scalar_type()) {
+  switch (argument.scalar_type) {
     case ScalarType::Double:
       return Dtype::kFloat64;
     case ScalarType::Float:
@@ -108,40 +138,37 @@ Dtype dtype_of(const Argument& argument) {
     default:
       throw Error(ErrorKind::kType,
                   concat(argument.name, ": expected bfloat16, float16, float32 or float64, got ",
-                         torch::headeronly::toString(argument.tensor.scalar_type())));
+                         torch::headeronly::toString(argument.scalar_type)));
   }
 }
 
-ScalarType statistics_dtype(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+Dtype statistics_dtype(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
-Shape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const Argument q_argument{"q", q};
-  const Argument k_argument{"k", k};
-  const Argument v_argument{"v", v};
-  for (const Argument& argument : {q_argument, k_argument, v_argument}) {
-    check(argument.tensor.dim() == 4, ErrorKind::kValue, argument.name,
-          ": expected 4 dimensions (batch, seqlen, heads, head_dim), got ", argument.tensor.dim(),
-          " in shape ", shape_text(argument.tensor));
+Shape check_qkv(const Argument& q, const Argument& k, const Argument& v) {
+  for (const Argument* argument : {&q, &k, &v}) {
+    check(argument->sizes.size() == 4, ErrorKind::kValue, argument->name,
+          ": expected 4 dimensions (batch, seqlen, heads, head_dim), got ", argument->sizes.size(),
+          " in shape ", ShapeOf{argument->sizes});
   }
-  check_same_kind(k_argument, q_argument);
-  check_same_kind(v_argument, q_argument);
+  check_same_kind(k, q);
+  check_same_kind(v, q);
 
   const int64_t int_limit = std::numeric_limits<int>::max();
-  const Shape shape{.batch = check_extent(q_argument, 0, "batch", int_limit),
-                    .num_heads = check_extent(q_argument, 2, "heads", int_limit),
-                    .num_heads_kv = check_extent(k_argument, 2, "heads", int_limit),
-                    .seqlen_q = check_extent(q_argument, 1, "seqlen", kMaxSeqlen),
-                    .seqlen_k = check_extent(k_argument, 1, "seqlen", kMaxSeqlen),
-                    .head_dim = check_extent(q_argument, 3, "head_dim", int_limit)};
+  const Shape shape{.batch = check_extent(q, 0, "batch", int_limit),
+                    .num_heads = check_extent(q, 2, "heads", int_limit),
+                    .num_heads_kv = check_extent(k, 2, "heads", int_limit),
+                    .seqlen_q = check_extent(q, 1, "seqlen", kMaxSeqlen),
+                    .seqlen_k = check_extent(k, 1, "seqlen", kMaxSeqlen),
+                    .head_dim = check_extent(q, 3, "head_dim", int_limit)};
   check(shape.head_dim >= 1, ErrorKind::kValue, "q: expected head_dim of at least 1, got 0");
-  check_size(k_argument, 0, "batch", shape.batch);
-  check_size(k_argument, 3, "head_dim", shape.head_dim);
-  check_size(v_argument, 0, "batch", shape.batch);
-  check_size(v_argument, 1, "seqlen", shape.seqlen_k);
-  check_size(v_argument, 2, "heads", shape.num_heads_kv);
-  check_size(v_argument, 3, "head_dim", shape.head_dim);
+  check_size(k, 0, "batch", shape.batch);
+  check_size(k, 3, "head_dim", shape.head_dim);
+  check_size(v, 0, "batch", shape.batch);
+  check_size(v, 1, "seqlen", shape.seqlen_k);
+  check_size(v, 2, "heads", shape.num_heads_kv);
+  check_size(v, 3, "head_dim", shape.head_dim);
   const bool divides =
       shape.num_heads_kv == 0 ? shape.num_heads == 0 : shape.num_heads % shape.num_heads_kv == 0;
   check(divides, ErrorKind::kValue, "k, v: expected a number of heads that divides the ",
@@ -149,18 +176,18 @@ Shape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   return shape;
 }
 
-void check_row_statistics(const Argument& argument, const Shape& shape, const Tensor& q) {
-  check_shape(argument, {shape.batch, shape.num_heads, shape.seqlen_q});
-  const Dtype expected = dtype_of({"q", q}) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+void check_row_statistics(const Argument& argument, const Shape& shape, const Argument& q) {
+  const int64_t expected_shape[] = {shape.batch, shape.num_heads, shape.seqlen_q};
+  check_shape(argument, expected_shape);
+  const Dtype expected = statistics_dtype(dtype_of(q));
   const Dtype dtype = dtype_of(argument);
   check(dtype == expected, ErrorKind::kType, argument.name, ": expected ", name_of(expected),
         " for these q, k, v, got ", name_of(dtype));
-  check_device(argument, {"q", q});
+  check_device(argument, q);
 }
 
 void check_like(const Argument& argument, const Argument& reference) {
-  const Tensor& like = reference.tensor;
-  check_shape(argument, {like.size(0), like.size(1), like.size(2), like.size(3)});
+  check_shape(argument, reference.sizes);
   check_same_kind(argument, reference);
 }
 
@@ -173,18 +200,22 @@ WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_
   return {shape.seqlen_q, shape.seqlen_k, window_left, window_right};
 }
 
-int kernel_head_dim(const Tensor& tensor, int head_dim) {
-  return tensor.is_cpu() ? head_dim : round_up(head_dim, static_cast<int>(kCudaHeadDimMultiple));
+int kernel_head_dim(const Argument& argument) {
+  const int head_dim = static_cast<int>(argument.sizes[3]);
+  return argument.device.is_cpu() ? head_dim
+                                  : round_up(head_dim, static_cast<int>(kCudaHeadDimMultiple));
 }
 
-Tensor readable(const Tensor& tensor) {
-  const int64_t head_dim = tensor.size(3);
-  const int64_t padding = kernel_head_dim(tensor, static_cast<int>(head_dim)) - head_dim;
-  const bool contiguous_head_dim = tensor.stride(3) == 1 || head_dim == 1;
-  if (padding == 0 && contiguous_head_dim && (tensor.is_cpu() || aligned_for_cuda(tensor))) {
+Tensor readable(const Argument& argument) {
+  const Tensor& tensor = argument.tensor;
+  const int64_t head_dim = argument.sizes[3];
+  const int64_t padding = kernel_head_dim(argument) - head_dim;
+  const bool contiguous_head_dim = argument.strides[3] == 1 || head_dim == 1;
+  if (padding == 0 && contiguous_head_dim &&
+      (argument.device.is_cpu() || aligned_for_cuda(argument))) {
     return tensor;
   }
-  return allocate(tensor, tensor.numel(), [&] {
+  return allocate(argument, tensor.numel(), [&] {
     if (padding > 0) {
       const int64_t last_dim_padding[] = {0, padding};
       return torch::stable::contiguous(torch::stable::pad(tensor, {last_dim_padding, 2}));
@@ -194,17 +225,28 @@ Tensor readable(const Tensor& tensor) {
   });
 }
 
-Tensor make_contiguous(const Tensor& tensor) {
-  return allocate(tensor, tensor.numel(), [&] { return torch::stable::contiguous(tensor); });
+Tensor make_contiguous(const Argument& argument) {
+  const Tensor& tensor = argument.tensor;
+  if (tensor.is_contiguous()) {
+    return tensor;
+  }
+  return allocate(argument, tensor.numel(), [&] { return torch::stable::contiguous(tensor); });
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType dtype) {
+// torch::stable::empty() looks the operator up by name and boxes its arguments at every call, which
+// takes longer than the allocation.
+Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype dtype) {
   int64_t elements = 1;
   for (int64_t size : sizes) {
     elements *= size;
   }
   return allocate(like, elements, [&] {
-    return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device());
+    int32_t number = torch_number(dtype);
+    AtenTensorHandle tensor = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+        like.tensor.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &number,
+        /*layout=*/nullptr, /*device=*/nullptr, 0, /*pin_memory=*/nullptr, &tensor));
+    return Tensor(tensor);
   });
 }
 
@@ -213,19 +255,21 @@ Tensor without_padding(const Tensor& tensor, int head_dim) {
     return tensor;
   }
   Tensor padded = tensor;
-  return make_contiguous(torch::stable::narrow(padded, 3, 0, head_dim));
+  const Tensor narrowed = torch::stable::narrow(padded, 3, 0, head_dim);
+  return make_contiguous({"a result", narrowed});
 }
 
 TensorView view(const Tensor& tensor) {
+  const auto strides = tensor.strides();
   return {.data = tensor.data_ptr(),
-          .batch_stride = tensor.stride(0),
-          .row_stride = tensor.stride(1),
-          .head_stride = tensor.stride(2)};
+          .batch_stride = strides[0],
+          .row_stride = strides[1],
+          .head_stride = strides[2]};
 }
 
 RowStatistics row_statistics(const Tensor& tensor) {
-  return {
-      .data = tensor.data_ptr(), .batch_stride = tensor.stride(0), .head_stride = tensor.stride(1)};
+  const auto strides = tensor.strides();
+  return {.data = tensor.data_ptr(), .batch_stride = strides[0], .head_stride = strides[1]};
 }
 
 }  // namespace fa::api

@@ -16,43 +16,48 @@ namespace fa::api {
 
 using torch::stable::Tensor;
 
-// An argument and its name in messages.
+// An argument: its name in messages, and what is asked of its tensor time and again, read once.
 struct Argument {
+  Argument(const char* name, const Tensor& tensor);
+
   const char* name;
   const Tensor& tensor;
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+  torch::headeronly::IntHeaderOnlyArrayRef strides;
+  torch::headeronly::ScalarType scalar_type;
+  torch::stable::Device device;
 };
 
 Dtype dtype_of(const Argument& argument);
 
 // Row statistics are float, or double where the inputs are double.
-torch::headeronly::ScalarType statistics_dtype(Dtype dtype);
+Dtype statistics_dtype(Dtype dtype);
 
 // Checks rank, dtype, device and shape of q, k, v against each other.
-Shape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v);
+Shape check_qkv(const Argument& q, const Argument& k, const Argument& v);
 
 // Checks that a tensor has the shape, dtype and device of a reference.
 void check_like(const Argument& argument, const Argument& reference);
 
 // Checks a (batch, heads, seqlen_q) tensor of row statistics for the problem of a q.
-void check_row_statistics(const Argument& argument, const Shape& shape, const Tensor& q);
+void check_row_statistics(const Argument& argument, const Shape& shape, const Argument& q);
 
 // Checks the window's bounds: -1 (unbounded) or a number of keys.
 WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_right);
 
-// head_dim as the kernels of the tensor's device take it: a multiple of 8 on CUDA, where loads are
-// 16 bytes wide.
-int kernel_head_dim(const Tensor& tensor, int head_dim);
+// head_dim as the kernels of the argument's device take it: a multiple of 8 on CUDA, where loads
+// are 16 bytes wide.
+int kernel_head_dim(const Argument& argument);
 
 // The tensor itself where a kernel can read it in place; otherwise a copy with a contiguous last
 // dimension and, on CUDA, 16-byte aligned rows and head_dim padded with zeros to kernel_head_dim.
-Tensor readable(const Tensor& tensor);
+Tensor readable(const Argument& argument);
 
 // The tensor itself, or a contiguous copy.
-Tensor make_contiguous(const Tensor& tensor);
+Tensor make_contiguous(const Argument& argument);
 
 // A new contiguous tensor on the device of `like`.
-Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like,
-             torch::headeronly::ScalarType dtype);
+Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype dtype);
 
 // The first head_dim columns of a kernel's output, contiguous.
 Tensor without_padding(const Tensor& tensor, int head_dim);

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Shape& shape = params.shape;
   // Neighbours share rows: where the mask leaves rows at the top of a tile idle, those that work are
   // spread over all schedulers.
-  const int warp = ptx::warp_index();
+  const int warp = ptx::uniform(ptx::warp_index());
   const int row_warp = warp / Traits::kColWarps;
   const int col_warp = warp % Traits::kColWarps;
   const int warp_row = row_warp * Traits::kWarpRows;
@@ -162,14 +162,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       typename Out::RowValues largest;
       typename Out::RowValues rescale;
       softmax.largest(r_scores, largest);
-      bool raised = true;
       if constexpr (Traits::kSharesScores) {
-        raised = pair.any(softmax.raises(largest));
-        if (raised) {
+        if (pair.any(softmax.raises(largest))) {
           pair.combine(largest, [](float a, float b) { return fmaxf(a, b); });
         }
       }
-      raised = raised && softmax.raise(largest, rescale);
+      const bool raised = softmax.raise(largest, rescale);
       softmax.exponentiate(r_scores);
       if (__any_sync(~0u, raised)) {
         r_out.scale_rows(rescale);

@@ -8,28 +8,37 @@ import torch
 from torch import Tensor
 
 from flash_attn_cuda import flash_attn_func
-from tests.support.compare import assert_bitwise_equal
+from tests.support.compare import assert_bitwise_equal, assert_within_bound, expected_with_bounds
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = (2, 300, 4, 64)
 DELAY_CYCLES = 20_000_000  # some ten milliseconds: a kernel on the wrong stream overtakes it
+NAMES = ("out", "dq", "dk", "dv")
+KINDS = [(64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16), (256, torch.bfloat16)]
 
 
-def _qkv(device: str = "cuda") -> list[Tensor]:
+def _qkv(
+    device: str = "cuda",
+    seqlen: int = 300,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
     return [
-        torch.randn(SHAPE, device=device, dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
+        torch.randn(2, seqlen, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for heads in (4, 2, 2)
     ]
 
 
-def _step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    out = flash_attn_func(q, k, v, causal=True, deterministic=True)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None, *, deterministic: bool = True
+) -> tuple[Tensor, ...]:
+    out = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
+    dout = torch.ones_like(out) if dout is None else dout
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
 def _assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for name, actual, wanted in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+    for name, actual, wanted in zip(NAMES, got, expected, strict=True):
         assert_bitwise_equal(name, actual, wanted)
 
 
@@ -68,19 +77,49 @@ def test_tensors_on_two_gpus_are_refused() -> None:
         flash_attn_func(q, k.to("cuda:1"), v)
 
 
-def test_a_captured_graph_replays_on_new_data() -> None:
-    qkv = _qkv()
+@pytest.mark.parametrize(("head_dim", "dtype"), KINDS, ids=str)
+def test_two_streams_at_once_give_what_each_gives_alone(head_dim: int, dtype: torch.dtype) -> None:
+    problems = [_qkv(seqlen=seqlen, head_dim=head_dim, dtype=dtype) for seqlen in (700, 1000)]
+    alone = [_step(*qkv) for qkv in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    together: list[list[tuple[Tensor, ...]]] = [[] for _ in problems]
+    for _ in range(50):
+        for stream, qkv, results in zip(streams, problems, together, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(_step(*qkv))
+    torch.cuda.synchronize()
+    for results, expected in zip(together, alone, strict=True):
+        for got in results:
+            _assert_same(got, expected)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("head_dim", "dtype"), KINDS, ids=str)
+def test_a_captured_graph_replays_on_new_data_a_thousand_times(
+    head_dim: int, dtype: torch.dtype, deterministic: bool
+) -> None:
+    q, k, v = _qkv(head_dim=head_dim, dtype=dtype)
+    data = (q, k, v, torch.randn_like(q))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        _step(*qkv)  # the first call may allocate and load code, which a capture forbids
+        _step(*data, deterministic=deterministic)  # may load code, which a capture forbids
     torch.cuda.current_stream().wait_stream(stream)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = _step(*qkv)
-    for _ in range(3):
-        for tensor in qkv:
+        captured = _step(*data, deterministic=deterministic)
+    for replay in range(1, 1001):
+        for tensor in data:
             tensor.detach().normal_()
         graph.replay()
-        _assert_same(captured, _step(*qkv))
+        if replay % 100:
+            continue
+        expected = expected_with_bounds(*(x.detach() for x in data), causal=True)
+        eager = _step(*data, deterministic=deterministic)
+        for name, actual, wanted in zip(NAMES, captured, eager, strict=True):
+            assert_within_bound(name, actual, expected.values[name], expected.bounds[name])
+            if deterministic or name != "dq":
+                assert_bitwise_equal(name, actual, wanted)

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _memory() -> Iterator[None]:
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < GIB_NEEDED << 30:
         pytest.skip(f"needs {GIB_NEEDED} GiB of free memory")
     yield

@@ -16,8 +16,7 @@ from flash_attn_cuda import _C
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = flash_attn_cuda.build_info()
 README = (ROOT / "README.md").read_text()
-CSRC_BUILD = flash_attn_cuda.build_info()
-README = (ROOT / "csrc" / "README.md").read_text()
+CSRC_README = (ROOT / "csrc" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
