@@ -53,7 +53,7 @@ def families(kernels: list[Row]) -> str:
 
 def fits(row: Row, kib: int) -> bool:
     """As KernelConfig::fits: each block takes 1 KiB more, and a multiprocessor has 1 KiB more."""
-    return row["blocks"] * (row["smem_bytes"] + 1024) <= (kib + 1) * 1024
+    return bool(row["blocks"] * (row["smem_bytes"] + 1024) <= (kib + 1) * 1024)
 
 
 def first_row(kernels: list[Row], pass_name: str, dtype: str, head_dim: int, kib: int) -> Row:

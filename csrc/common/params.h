@@ -41,8 +41,8 @@ struct Shape {
   FA_HOST_DEVICE constexpr int group_size() const { return num_heads / num_heads_kv; }
 };
 
-// One value for each query of each head, contiguous along the queries: (batch, num_heads, seqlen_q),
-// or (num_heads, total_q) with batch_stride 0 where sequences are packed.
+// One value for each query of each head, contiguous along the queries: (batch, num_heads,
+// seqlen_q), or (num_heads, total_q) with batch_stride 0 where sequences are packed.
 struct RowStatistics {
   void* data = nullptr;
   int64_t batch_stride = 0;
@@ -61,10 +61,10 @@ struct FwdParams {
   Shape shape;
   WindowMask window;
   double softmax_scale;
-  TensorView q;       // (batch, seqlen_q, num_heads, head_dim)
-  TensorView k;       // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView v;       // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView out;     // (batch, seqlen_q, num_heads, head_dim)
+  TensorView q;               // (batch, seqlen_q, num_heads, head_dim)
+  TensorView k;               // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView out;             // (batch, seqlen_q, num_heads, head_dim)
   RowStatistics softmax_lse;  // natural log; -inf for a row that sees no key
   Sequences queries = {};
   Sequences keys = {};
@@ -74,14 +74,14 @@ struct BwdParams {
   Shape shape;
   WindowMask window;
   double softmax_scale;
-  TensorView q;             // (batch, seqlen_q, num_heads, head_dim)
-  TensorView k;             // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView v;             // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView out;           // (batch, seqlen_q, num_heads, head_dim)
-  TensorView dout;          // (batch, seqlen_q, num_heads, head_dim)
-  TensorView dq;            // (batch, seqlen_q, num_heads, head_dim)
-  TensorView dk;            // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView dv;            // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView q;               // (batch, seqlen_q, num_heads, head_dim)
+  TensorView k;               // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView out;             // (batch, seqlen_q, num_heads, head_dim)
+  TensorView dout;            // (batch, seqlen_q, num_heads, head_dim)
+  TensorView dq;              // (batch, seqlen_q, num_heads, head_dim)
+  TensorView dk;              // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView dv;              // (batch, seqlen_k, num_heads_kv, head_dim)
   RowStatistics softmax_lse;  // from the forward pass
   RowStatistics dlse;         // gradient of softmax_lse; null: none reaches it
   RowStatistics delta;        // workspace of the CPU family: rowsum(dout * out) - dlse

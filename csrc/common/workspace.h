@@ -33,8 +33,7 @@ struct BwdWorkspace {
     workspace.dq_sums = memory;
     workspace.statistics = memory + all_tiles * tile_m * head_dim;
     if (deterministic) {
-      workspace.turns =
-          reinterpret_cast<int32_t*>(workspace.statistics + all_tiles * tile_m * 2);
+      workspace.turns = reinterpret_cast<int32_t*>(workspace.statistics + all_tiles * tile_m * 2);
     }
     workspace.tiles = tiles;
     workspace.tile_m = tile_m;

@@ -19,8 +19,8 @@ FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kC
   for (int a = 0; a < r_tile.kRowBlocks; ++a) {
 #pragma unroll
     for (int b = 0; b < r_tile.kColBlocks; ++b) {
-      const float(&block)[4] = r_tile.r[a][b];
-      uint32_t(&step)[4] = r_operand.r[a][b / 2];
+      const float (&block)[4] = r_tile.r[a][b];
+      uint32_t (&step)[4] = r_operand.r[a][b / 2];
       step[b % 2 * 2] = ptx::convert_pair<Element>(block[0], block[1]);
       step[b % 2 * 2 + 1] = ptx::convert_pair<Element>(block[2], block[3]);
     }

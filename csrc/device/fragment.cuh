@@ -4,9 +4,10 @@
 // Accumulator (kRows, kCols): register i of 8-column block b of 16-row block a is the element at
 //   row = first_row(2 * a + i / 2) + lane / 4,  col = first_col(b) + 2 * (lane % 4) + i % 2.
 // A thread so holds two rows of every 16, and the four lanes of a quad hold a row together. Two
-// column blocks are a slice of 16 columns. Row blocks and slices follow one another at strides of 16,
-// or of more where warps take turns (warp_grid.cuh). An A operand (16, 16) has the registers of a
-// slice in pairs of 16-bit elements; a B operand (16, 8) is the transpose of an 8x16 half of that.
+// column blocks are a slice of 16 columns. Row blocks and slices follow one another at strides of
+// 16, or of more where warps take turns (warp_grid.cuh). An A operand (16, 16) has the registers of
+// a slice in pairs of 16-bit elements; a B operand (16, 8) is the transpose of an 8x16 half of
+// that.
 #pragma once
 
 #include "device/smem.cuh"
@@ -113,8 +114,8 @@ struct OperandA {
 };
 
 // Where a lane points in a tile for ldmatrix, which loads four 8x8 blocks of a 16x16 area, and what
-// it loads at constant steps from there. The area that the pointer is made for starts at (row, col):
-// multiples of 8 and 16, and col such that col + cols never carries in binary.
+// it loads at constant steps from there. The area that the pointer is made for starts at (row,
+// col): multiples of 8 and 16, and col such that col + cols never carries in binary.
 template <typename Tile>
 class LanePointer {
  public:
@@ -141,8 +142,8 @@ class LanePointer {
   static constexpr int kBytes = sizeof(*Tile::elements);
 
   FA_DEVICE LanePointer(const Tile& s_tile, int lane_offset, int row, int col)
-      : address_((ptx::smem_address(s_tile.elements) +
-                             kBytes * Tile::step(lane_offset, row, col))) {}
+      : address_(
+            (ptx::smem_address(s_tile.elements) + kBytes * Tile::step(lane_offset, row, col))) {}
 
   // As SmemTile::step(): the tile is aligned, so that the swizzle works on addresses too.
   FA_DEVICE uint32_t at(int rows, int cols) const {

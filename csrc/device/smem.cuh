@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A (kRows, kCols) tile of 16-bit elements in shared memory. The columns are cut into panels of 64
-// (or of 32 or 16 where kCols is no multiple of that); a panel is kRows lines, and within it the 16-byte
-// units are permuted such that eight rows of one unit column lie in eight different bank groups:
-// ldmatrix and the 16-byte copies then have no bank conflicts.
+// (or of 32 or 16 where kCols is no multiple of that); a panel is kRows lines, and within it the
+// 16-byte units are permuted such that eight rows of one unit column lie in eight different bank
+// groups: ldmatrix and the 16-byte copies then have no bank conflicts.
 #pragma once
 
 #include "common/params.h"
@@ -80,7 +80,9 @@ struct SmemTile {
   }
 
   // Where the thread's first unit lies.
-  static FA_DEVICE int first_row() { return static_cast<int>(ptx::opaque(threadIdx.x)) / kUnitsPerLine; }
+  static FA_DEVICE int first_row() {
+    return static_cast<int>(ptx::opaque(threadIdx.x)) / kUnitsPerLine;
+  }
   static FA_DEVICE int first_col() {
     return static_cast<int>(ptx::opaque(threadIdx.x)) % kUnitsPerLine * kUnitElements;
   }

@@ -94,8 +94,8 @@ class OnlineSoftmax {
     }
   }
 
-  // From all of l: lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is
-  // 1 / l, or 0.
+  // From all of l: lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer`
+  // is 1 / l, or 0.
   FA_DEVICE void finalize(const RowValues& sums, RowValues& lse, RowValues& normalizer) const {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {

@@ -7,10 +7,11 @@
 
 namespace fa::device {
 
-// Of a (kTileRows, kTileCols) result each warp has kRows rows and kCols columns, as near to a square
-// as possible, since a warp reads rows + cols of operands for rows * cols of result. Warps take turns
-// in slices of 16 rows and of 16 columns: addresses then are one register plus constants whatever the
-// size of the tile. Where it is too small for all warps, several compute the same, and one leads.
+// Of a (kTileRows, kTileCols) result each warp has kRows rows and kCols columns, as near to a
+// square as possible, since a warp reads rows + cols of operands for rows * cols of result. Warps
+// take turns in slices of 16 rows and of 16 columns: addresses then are one register plus constants
+// whatever the size of the tile. Where it is too small for all warps, several compute the same, and
+// one leads.
 template <int kTileRows, int kTileCols, int kWarps>
 struct WarpGrid {
   static constexpr int kSlice = 2 * kBlockCols;
@@ -57,16 +58,14 @@ struct WarpGrid {
   static FA_DEVICE void add(float* g_sums, const Sum& r_sum) {
     if (leads()) {
       float* g_warp = warp_sums(g_sums);
-      each_block([&](int a, int b, int offset) {
-        ptx::reduce_add_block(g_warp + offset, r_sum.r[a][b]);
-      });
+      each_block(
+          [&](int a, int b, int offset) { ptx::reduce_add_block(g_warp + offset, r_sum.r[a][b]); });
     }
   }
 
   static FA_DEVICE void load(const float* g_sums, Sum& r_sum) {
     const float* g_warp = warp_sums(g_sums);
-    each_block(
-        [&](int a, int b, int offset) { ptx::load_block(g_warp + offset, r_sum.r[a][b]); });
+    each_block([&](int a, int b, int offset) { ptx::load_block(g_warp + offset, r_sum.r[a][b]); });
   }
 
  private:

@@ -40,10 +40,10 @@ FA_DEVICE void accumulate_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kDepth
   const auto b = LanePointer<SmemTile<Element, kRowsB, kDepth>>::right_first(s_b, b_row, 0);
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
-      [&](uint32_t(&r_a)[4], int step, int block) {
+      [&](uint32_t (&r_a)[4], int step, int block) {
         a.load(r_a, block * Sum::kRowStride, step * kMmaDepth);
       },
-      [&](uint32_t(&r_b)[4], int step, int col) { b.load(r_b, col, step * kMmaDepth); });
+      [&](uint32_t (&r_b)[4], int step, int col) { b.load(r_b, col, step * kMmaDepth); });
 }
 
 // sum += a b: a in registers (rows, depth), with columns b_col .. of s_b (depth, .).
@@ -53,13 +53,15 @@ FA_DEVICE void accumulate_ab(Sum& r_sum, const OperandA<Element, kRows, kDepth>&
   const auto b = LanePointer<SmemTile<Element, kDepth, kCols>>::down_first(s_b, 0, b_col);
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
-      [&](uint32_t(&r_a)[4], int step, int block) {
+      [&](uint32_t (&r_a)[4], int step, int block) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           r_a[i] = r_rows.r[block][step][i];
         }
       },
-      [&](uint32_t(&r_b)[4], int step, int col) { b.load_transposed(r_b, step * kMmaDepth, col); });
+      [&](uint32_t (&r_b)[4], int step, int col) {
+        b.load_transposed(r_b, step * kMmaDepth, col);
+      });
 }
 
 // sum += a b: rows a_row .. of s_a (., depth) with columns b_col .. of s_b (depth, .).
@@ -70,10 +72,12 @@ FA_DEVICE void accumulate_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kDepth>
   const auto b = LanePointer<SmemTile<Element, kDepth, kCols>>::down_first(s_b, 0, b_col);
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
-      [&](uint32_t(&r_a)[4], int step, int block) {
+      [&](uint32_t (&r_a)[4], int step, int block) {
         a.load(r_a, block * Sum::kRowStride, step * kMmaDepth);
       },
-      [&](uint32_t(&r_b)[4], int step, int col) { b.load_transposed(r_b, step * kMmaDepth, col); });
+      [&](uint32_t (&r_b)[4], int step, int col) {
+        b.load_transposed(r_b, step * kMmaDepth, col);
+      });
 }
 
 // sum += a^T b: columns a_col .. of s_a (depth, .) with columns b_col .. of s_b (depth, .).
@@ -84,10 +88,12 @@ FA_DEVICE void accumulate_atb(Sum& r_sum, const SmemTile<Element, kDepth, kColsA
   const auto b = LanePointer<SmemTile<Element, kDepth, kColsB>>::down_first(s_b, 0, b_col);
   accumulate<Element, kDepth / kMmaDepth>(
       r_sum,
-      [&](uint32_t(&r_a)[4], int step, int block) {
+      [&](uint32_t (&r_a)[4], int step, int block) {
         a.load_transposed(r_a, step * kMmaDepth, block * Sum::kRowStride);
       },
-      [&](uint32_t(&r_b)[4], int step, int col) { b.load_transposed(r_b, step * kMmaDepth, col); });
+      [&](uint32_t (&r_b)[4], int step, int col) {
+        b.load_transposed(r_b, step * kMmaDepth, col);
+      });
 }
 
 }  // namespace fa::device

@@ -27,15 +27,16 @@ struct KernelConfig {
 
   constexpr int threads() const { return 32 * warps; }
 
-  // Forward, where the warps are too few to hold a row of out each: how many share a row, with part of
-  // out's columns each; and of how many keys each of them computes the scores, for the others too.
+  // Forward, where the warps are too few to hold a row of out each: how many share a row, with part
+  // of out's columns each; and of how many keys each of them computes the scores, for the others
+  // too.
   constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
   constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
 
-  // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v, and where
-  // warps share scores, p and two values for each row on their way. Backward:
-  // k and v, two each of q, dout and the rows' statistics (float lse and delta), and p and ds on
-  // their way from warp to warp.
+  // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v, and
+  // where warps share scores, p and two values for each row on their way. Backward: k and v, two
+  // each of q, dout and the rows' statistics (float lse and delta), and p and ds on their way from
+  // warp to warp.
   constexpr int64_t smem_bytes() const {
     if (family == Family::kCpu) {
       return 0;

@@ -13,7 +13,8 @@ namespace fa::ptx {
 inline constexpr int kWarpSize = 32;
 
 FA_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-// x, which is the same in all lanes: the compiler learns that and may keep it in a uniform register.
+// x, which is the same in all lanes: the compiler learns that and may keep it in a uniform
+// register.
 FA_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 FA_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }

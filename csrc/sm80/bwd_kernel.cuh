@@ -3,17 +3,18 @@
 // ds = p * (dp - delta),
 //   dv = p^T dout,  dk = scale * ds^T q,  dq = scale * ds k.
 // A block owns a tile of keys of one head of keys and values, and walks the tiles of queries that
-// see them, of every head of queries that shares those keys: dk and dv are its accumulators, and its
-// share of dq is added to sums in global memory, which flash_bwd_dq_sm80 then writes out.
+// see them, of every head of queries that shares those keys: dk and dv are its accumulators, and
+// its share of dq is added to sums in global memory, which flash_bwd_dq_sm80 then writes out.
 //
 // p and ds pass through shared memory, since each warp needs, for dv, dk and dq, what others
-// computed. q, dout and their rows' statistics have two shared tiles each: tile i + 1 is copied under
-// tile i. Two barriers per tile of queries:
+// computed. q, dout and their rows' statistics have two shared tiles each: tile i + 1 is copied
+// under tile i. Two barriers per tile of queries:
 //   top:    tile i has arrived, and every warp is done with tile i - 1
 //   middle: p and ds are written
 //
-// Deterministic: blocks take their work in the order in which they begin, which is by tiles of keys,
-// and add to a tile of dq in that order. A block so waits only for blocks that began before it.
+// Deterministic: blocks take their work in the order in which they begin, which is by tiles of
+// keys, and add to a tile of dq in that order. A block so waits only for blocks that began before
+// it.
 #pragma once
 
 #include "common/params.h"
@@ -21,8 +22,8 @@
 #include "device/convert.cuh"
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
-#include "device/work_order.cuh"
 #include "device/warp_mma.cuh"
+#include "device/work_order.cuh"
 #include "sm80/traits.h"
 
 namespace fa::sm80 {
@@ -85,8 +86,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     };
     s.queries[stage].q.template load_async<kThreads>(query_rows(params.q));
     s.queries[stage].dout.template load_async<kThreads>(query_rows(params.dout));
-    load_statistics<kThreads>(
-        s.statistics[stage], workspace.lse_log2(workspace.index(at.head, first_tile + at.tile)));
+    load_statistics<kThreads>(s.statistics[stage],
+                              workspace.lse_log2(workspace.index(at.head, first_tile + at.tile)));
   };
 
   typename KeyGrid::Sum r_dk;  // without softmax_scale
@@ -122,7 +123,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
     });
     const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-    if (!device::covers(unmasked_queries, tile_queries)) {
+    const bool is_masked = !device::covers(unmasked_queries, tile_queries);
+    if (is_masked) {
       device::keep_visible(r_p, window, first_query + row, first_key + col, 0.0f);
     }
 
@@ -134,6 +136,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       const float delta = s_statistics.delta[row + ScoreGrid::Sum::row(i)];
       return r_p.r[i / 2][block][j] * (dp - delta);
     });
+    if (is_masked) {  // dp of a hidden key may be infinite
+      device::keep_visible(r_ds, window, first_query + row, first_key + col, 0.0f);
+    }
     if (ScoreGrid::leads()) {
       device::store_elements(r_p, s.p, row, col);
       device::store_elements(r_ds, s.ds, row, col);
@@ -191,9 +196,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   r_dq.scale(static_cast<float>(params.softmax_scale));
   device::store_elements(r_dq, s_dq, QueryGrid::row(), QueryGrid::col());
   __syncthreads();
-  s_dq.template store<kThreads>(
-      device::global_tile<Element>(params.dq, sequence, tile.batch, first_query, tile.head,
-                                   params.shape.head_dim));
+  s_dq.template store<kThreads>(device::global_tile<Element>(
+      params.dq, sequence, tile.batch, first_query, tile.head, params.shape.head_dim));
 }
 
 }  // namespace fa::sm80

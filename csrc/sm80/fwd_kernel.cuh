@@ -4,8 +4,8 @@
 // accumulators to an A operand without leaving the lane.
 //
 // k and v have two shared tiles each: k(j + 1) and v(j + 1) are copied under all of tile j. One
-// barrier per tile of keys orders this: k(j) and v(j) have arrived, and every warp is done with tile
-// j - 1.
+// barrier per tile of keys orders this: k(j) and v(j) have arrived, and every warp is done with
+// tile j - 1.
 //
 // Where head_dim is large, two warps own the same rows, with half of the columns of out each. Each
 // computes the scores of half of the keys and gives p to the other through shared memory. The pair
@@ -21,8 +21,8 @@
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
 #include "device/softmax.cuh"
-#include "device/work_order.cuh"
 #include "device/warp_mma.cuh"
+#include "device/work_order.cuh"
 #include "ptx/barrier.cuh"
 #include "sm80/traits.h"
 
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   const Shape& shape = params.shape;
-  // Neighbours share rows: where the mask leaves rows at the top of a tile idle, those that work are
-  // spread over all schedulers.
+  // Neighbours share rows: where the mask leaves rows at the top of a tile idle, those that work
+  // are spread over all schedulers.
   const int warp = ptx::uniform(ptx::warp_index());
   const int row_warp = warp / Traits::kColWarps;
   const int col_warp = warp % Traits::kColWarps;
@@ -120,9 +120,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                                         first_query, tile.head, shape.head_dim);
   };
   const auto load_keys = [&](const TensorView& view, int first_key, auto& s_tile) {
-    s_tile.template load_async<kThreads>(
-        device::global_tile<Element>(view, sequence_k, tile.batch, first_key,
-                                     tile.head / shape.group_size(), shape.head_dim));
+    s_tile.template load_async<kThreads>(device::global_tile<Element>(
+        view, sequence_k, tile.batch, first_key, tile.head / shape.group_size(), shape.head_dim));
   };
 
   // Key tiles start at multiples of kTileN, so that a query's result depends on its own window
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       load_keys(params.k, next_key, s.k[stage ^ 1]);
       load_keys(params.v, next_key, s.v[stage ^ 1]);
     }
-    if ((first_key < warp_keys.end && next_key > warp_keys.begin)) {
+    if (first_key < warp_keys.end && next_key > warp_keys.begin) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
       device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], warp_key);
@@ -174,13 +173,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       }
       if constexpr (Traits::kSharesScores) {
         device::store_elements(r_scores, s.p, warp_row, warp_key);
-      }
-      const auto r_p = device::to_operand<Element>(r_scores);
-      if constexpr (Traits::kSharesScores) {
         pair.sync();
         device::accumulate_ab(r_out, s.p, warp_row, s.v[stage], warp_col);
       } else {
-        device::accumulate_ab(r_out, r_p, s.v[stage], warp_col);
+        device::accumulate_ab(r_out, device::to_operand<Element>(r_scores), s.v[stage], warp_col);
       }
     }
     stage ^= 1;

@@ -54,16 +54,16 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const int64_t index = workspace.index(
-      tile.head, tile.tile + params.queries.first_tile(tile.batch, params.shape.seqlen_q,
-                                                       workspace.tile_m));
+      tile.head,
+      tile.tile + params.queries.first_tile(tile.batch, params.shape.seqlen_q, workspace.tile_m));
 
   for (int row = static_cast<int>(threadIdx.x) / kLanesPerRow; row < workspace.tile_m;
        row += kRowsPerStep) {
     const int query = first_query + row;
     const int64_t g_row = sequence.begin + query;
     const bool exists = query < sequence.length;
-    const float lse = exists ? params.softmax_lse.row<float>(tile.batch, tile.head)[g_row]
-                             : -INFINITY;
+    const float lse =
+        exists ? params.softmax_lse.row<float>(tile.batch, tile.head)[g_row] : -INFINITY;
     float delta = 0.0f;
     if (exists) {
       delta = row_dot(params.out.row<const Element>(tile.batch, g_row, tile.head),

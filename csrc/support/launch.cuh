@@ -46,8 +46,7 @@ void launch(const char* name, const Params& params, TileScheduler scheduler, int
             size_t smem_bytes, void* stream) {
   opt_in_to_smem<kKernel>(smem_bytes);
   for (; scheduler.first < scheduler.count(); scheduler.first += kMaxBlocks) {
-    const auto blocks =
-        static_cast<unsigned>(min(scheduler.count() - scheduler.first, kMaxBlocks));
+    const auto blocks = static_cast<unsigned>(min(scheduler.count() - scheduler.first, kMaxBlocks));
     kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
     check_cuda(cudaGetLastError(), "launch ", name);
   }
