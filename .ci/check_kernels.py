@@ -4,7 +4,8 @@ word.
 
 Spills, local memory and stack frames fail, and so do ptxas' C75xx messages (wgmma serialised,
 setmaxnreg ignored), which ptxas prints as information only. Prints how many registers each kernel
-takes on each target.
+takes on each target; a row of the kernel table that does not fit a target's shared memory never
+runs there, and is left out.
 
     python .ci/check_kernels.py [TARGET ...]
 """
@@ -17,22 +18,43 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["80", "86", "89", "90a", "120"]
+TARGETS = {"80": 163, "86": 99, "89": 99, "90a": 227, "120": 99}  # KiB of shared memory of a block
 FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Icsrc", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
 
-# {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128, ...
-ROW = re.compile(r"^ *\{k\w+, +k\w+, +k(\w+), +(\d+), +k\w+, +(\d+), +(\d+),", re.MULTILINE)
 # A mangled name, of a template over a row of the table or over a type.
 KERNEL = re.compile(r"(flash_[a-z0-9_]+)I(?:\w*?TraitsILi(\d+)E)?")
+
+# Prints the rows of the kernel table: what to call them, and the arguments, in KiB, that they fit.
+PRINT_ROWS = r"""
+#include <cstdio>
+#include <cstdlib>
+#include "dispatch/kernel_table.h"
+int main(int count, char** limits) {
+  for (const fa::KernelConfig& row : fa::table::kRows) {
+    std::printf("%s d%d %dx%d", name_of(row.dtype), row.head_dim, row.tile_m, row.tile_n);
+    for (int i = 1; i < count; ++i) {
+      if (row.fits(1024 * std::atoll(limits[i]))) std::printf(" %s", limits[i]);
+    }
+    std::puts("");
+  }
+}
+"""
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 REGISTERS = re.compile(r"Used (\d+) registers")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 PERFORMANCE = re.compile(r"\(C75\d\d\)")
+
+
+@dataclass(frozen=True)
+class Row:
+    dtype: str
+    name: str
+    fits: set[int]  # KiB of shared memory
 
 
 @dataclass
@@ -52,17 +74,28 @@ def nvcc() -> str:
     return str(home / "bin/nvcc") if home else sys.exit("check_kernels: no CUDA toolkit was found")
 
 
-def label(mangled: str, rows: list[tuple[str, ...]]) -> tuple[str, str]:
-    """The kernel and its dtype, as ("flash_fwd_sm80 d64 128x128", "BFloat16")."""
+def read_rows(compiler: str, folder: Path) -> list[Row]:
+    source, program = folder / "rows.cpp", folder / "rows"
+    source.write_text(PRINT_ROWS)
+    subprocess.run([compiler, "-std=c++20", "-Icsrc", source, "-o", program], cwd=ROOT, check=True)
+    limits = sorted(set(TARGETS.values()))
+    command = [str(program), *map(str, limits)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line.split() for line in printed.splitlines()]
+    return [Row(line[0], " ".join(line[1:3]), {int(limit) for limit in line[3:]}) for line in lines]
+
+
+def row_of(mangled: str, rows: list[Row]) -> Row:
+    """The row that a kernel instantiates, named after both; kernels of no row run everywhere."""
     match = KERNEL.search(mangled)
     if match is None or match[2] is None:
-        return match[1] if match else mangled, ""
-    dtype, head_dim, tile_m, tile_n = rows[int(match[2])]
-    return f"{match[1]} d{head_dim} {tile_m}x{tile_n}", dtype
+        return Row("", match[1] if match else mangled, set(TARGETS.values()))
+    row = rows[int(match[2])]
+    return replace(row, name=f"{match[1]} {row.name}")
 
 
 def compile_source(
-    compiler: str, source: Path, target: str, folder: Path, rows: list[tuple[str, ...]]
+    compiler: str, source: Path, target: str, folder: Path, rows: list[Row]
 ) -> Report:
     arch = f"-gencode=arch=compute_{target},code=sm_{target}"
     output = folder / f"{source.parent.name}_{source.stem}_{target}.cubin"
@@ -74,16 +107,19 @@ def compile_source(
     if result.returncode:
         report.faults.append(f"{where} does not compile:\n{log}")
         return report
-    kernel, dtype = "", ""
+    kernel = Row("", "", set())
     for line in log.splitlines():
-        if match := ENTRY.search(line):
-            kernel, dtype = label(match[1], rows)
-        if (match := FRAME.search(line)) and any(int(number) for number in match.groups()):
-            report.faults.append(f"sm_{target}: {kernel} {dtype}: {match[0]}")
         if PERFORMANCE.search(line):
-            report.faults.append(f"sm_{target}: {kernel} {dtype}: {line.strip()}")
+            report.faults.append(f"{where}: {line.strip()}")
+        if match := ENTRY.search(line):
+            kernel = row_of(match[1], rows)
+        if TARGETS[target] not in kernel.fits:
+            continue
+        if (match := FRAME.search(line)) and any(int(number) for number in match.groups()):
+            report.faults.append(f"sm_{target}: {kernel.name} {kernel.dtype}: {match[0]}")
         if match := REGISTERS.search(line):
-            report.registers[kernel] = max(int(match[1]), report.registers.get(kernel, 0))
+            count = max(int(match[1]), report.registers.get(kernel.name, 0))
+            report.registers[kernel.name] = count
     if not report.registers:
         report.faults.append(f"{where}: no kernel was compiled")
     return report
@@ -106,12 +142,12 @@ def print_registers(reports: list[Report], targets: list[str]) -> None:
 
 
 def main() -> None:
-    targets = sys.argv[1:] or TARGETS
+    targets = sys.argv[1:] or list(TARGETS)
     compiler = nvcc()
-    rows = ROW.findall((ROOT / "csrc/dispatch/kernel_table.h").read_text())
     # The slowest to compile first, so that none of them is left alone at the end.
     sources = sorted((ROOT / "csrc").rglob("*.cu"), key=head_dim, reverse=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = read_rows(compiler, Path(folder))
         jobs = [
             pool.submit(compile_source, compiler, source, target, Path(folder), rows)
             for source in sources

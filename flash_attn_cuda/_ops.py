@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators: fake kernels, autograd, and the one entry point that the public functions call.
 
-Eager calls go through an autograd.Function, some tens of microseconds a call; the same formulas
-are registered on the operator for torch.compile and torch.export, where the cost of registration is
-paid once, while tracing.
+Eager calls with gradients go through an autograd.Function; the same formulas are registered on the
+operator for torch.compile and torch.export, where the higher cost of registration is paid once,
+while tracing.
 """
 
 from __future__ import annotations
@@ -139,11 +139,12 @@ def _run(operator: Callable[..., Any], *inputs: Any) -> Any:
         _raise_named(error)
 
 
+_run_fwd = partial(_run, _fwd)
+_run_bwd = partial(_run, _bwd)
+
+
 class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _run(_bwd, *inputs)
-        return dq, dk, dv
+    forward = staticmethod(_run_bwd)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -157,38 +158,28 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, softmax_lse = _run(_fwd, *inputs)
-        _setup_context(ctx, inputs, (out, softmax_lse))
-        return out, softmax_lse
+        output: tuple[Tensor, Tensor] = _run_fwd(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        run_bwd = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        run_bwd = _Backward.apply if torch.is_grad_enabled() else _run_bwd
         return _gradients(run_bwd, ctx, dout, dlse)
 
 
 class _TransformedForward(_Forward):
-    """The same for torch.func, which demands a setup_context. With one, apply() binds its arguments
-    to forward's signature at every call, which takes longer than the operator."""
+    """The same for torch.func, which demands a setup_context; with one, every apply() inspects the
+    signature of forward, which takes longer than the operator."""
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        out, softmax_lse = _run(_fwd, *inputs)
-        return out, softmax_lse
-
+    forward = staticmethod(_run_fwd)
     setup_context = staticmethod(_setup_context)
 
 
-# Where torch lacks this, the slower function serves all calls.
+# Where torch lacks this question, the slower function serves all calls.
 _inside_torch_func: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
-
-
-def _eager(*inputs: Any) -> tuple[Tensor, Tensor]:
-    if not torch.is_grad_enabled():
-        return _run(_fwd, *inputs)
-    return (_TransformedForward if _inside_torch_func() else _Forward).apply(*inputs)
 
 
 def attention(
@@ -214,5 +205,13 @@ def attention(
         out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
         natural log.
     """
-    run = _fwd if torch.compiler.is_compiling() else _eager
-    return run(q, k, v, softmax_scale, window_left, window_right, deterministic)
+    run: Callable[..., Any]
+    if torch.compiler.is_compiling():
+        run = _fwd
+    elif not torch.is_grad_enabled():
+        run = _run_fwd
+    else:
+        run = _TransformedForward.apply if _inside_torch_func() else _Forward.apply
+    options = (softmax_scale, window_left, window_right, deterministic)
+    out, softmax_lse = run(q, k, v, *options)  # type: ignore[no-untyped-call]
+    return out, softmax_lse

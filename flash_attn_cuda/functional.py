@@ -78,23 +78,39 @@ def flash_attn_func(
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: an argument whose kernels do not exist yet, or a GPU without a kernel.
     """
-    not_yet = {
-        "dropout_p": dropout_p != 0.0,
-        "softcap": softcap != 0.0,
-        "alibi_slopes": alibi_slopes is not None,
-        "attn_bias": attn_bias is not None,
-        "attn_mask": attn_mask is not None,
-        "key_padding_mask": key_padding_mask is not None,
-        "seqlens_q": seqlens_q is not None,
-        "seqlens_k": seqlens_k is not None,
-        "document_ids": document_ids is not None,
-        "prefix_lens": prefix_lens is not None,
-        "sinks": sinks is not None,
-        "block_mask": block_mask is not None,
-        "return_max_logit": return_max_logit,
-        "generator": generator is not None,
-    }
-    if any(not_yet.values()):
+    all_default = (
+        dropout_p == softcap == 0.0
+        and alibi_slopes
+        is attn_bias
+        is attn_mask
+        is key_padding_mask
+        is seqlens_q
+        is seqlens_k
+        is document_ids
+        is prefix_lens
+        is sinks
+        is block_mask
+        is None
+        and generator is None
+        and not return_max_logit
+    )
+    if not all_default:  # the dictionary takes longer than the question
+        not_yet = {
+            "dropout_p": dropout_p != 0.0,
+            "softcap": softcap != 0.0,
+            "alibi_slopes": alibi_slopes is not None,
+            "attn_bias": attn_bias is not None,
+            "attn_mask": attn_mask is not None,
+            "key_padding_mask": key_padding_mask is not None,
+            "seqlens_q": seqlens_q is not None,
+            "seqlens_k": seqlens_k is not None,
+            "document_ids": document_ids is not None,
+            "prefix_lens": prefix_lens is not None,
+            "sinks": sinks is not None,
+            "block_mask": block_mask is not None,
+            "return_max_logit": return_max_logit,
+            "generator": generator is not None,
+        }
         names = ", ".join(name for name, given in not_yet.items() if given)
         raise NotImplementedError(f"{names}: not implemented yet; leave the default")
 
@@ -257,15 +273,15 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     which the operator checks when it runs."""
     if not torch.compiler.is_compiling():
         try:
-            left, right = (min(operator.index(side), _UNBOUNDED) for side in window_size)
+            left, right = map(operator.index, window_size)
         except (TypeError, ValueError):
             left = right = -2
-        if min(left, right) < -1:
+        if left < -1 or right < -1:
             raise ValueError(
                 "window_size: expected (left, right), each a number of keys or -1 (unbounded), "
                 f"got {window_size!r}"
             )
-        return left, 0 if causal else right
+        return min(left, _UNBOUNDED), 0 if causal else min(right, _UNBOUNDED)
     left, right = window_size
     return left, 0 if causal else right
 

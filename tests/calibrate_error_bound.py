@@ -381,6 +381,12 @@ def report(tally: Tally, options: argparse.Namespace, seconds: float) -> dict[st
         "constants_in_force": dataclasses.asdict(CONSTANTS),
         "calibrated": CALIBRATED,
         "largest_ratio": tally.largest,
+        "estimates": {
+            term: max(
+                (f["max"] for (_, of, _), f in tally.constants.items() if of == term), default=0.0
+            )
+            for term in ESTIMATES
+        },
         "results": [
             {"dtype": dtype, "row": row, "result": name, **ratios.summary()}
             for (dtype, row, name), ratios in sorted(tally.results.items())
@@ -433,12 +439,11 @@ def table(written: dict[str, Any]) -> Iterator[str]:
     terms = itertools.groupby(written["constants"], key=lambda r: (r["dtype"], r["constant"]))
     for (dtype, term), group in terms:
         by_name = {r["result"]: r["max"] for r in group}
-        largest = max(by_name.values())
-        verdict = ""
-        if term in ESTIMATES:
-            verdict = "loose" if largest < low else "tight" if largest > high else "calibrated"
         cells = (f"{by_name[name]:21.3f}" if name in by_name else f"{'-':>21}" for name in RESULTS)
-        yield f"{dtype:<12}{term:>12}      " + "".join(cells) + f"  {verdict}"
+        yield f"{dtype:<12}{term:>12}      " + "".join(cells)
+    for term, largest in written["estimates"].items():
+        verdict = "loose" if largest < low else "tight" if largest > high else "calibrated"
+        yield f"{'all':<12}{term:>12} {largest:6.3f}  {verdict}"
     names = ("flash_attn_cuda", "sdpa_flash", "eager")
     yield f"\n{'relative RMSE, p50':<30}" + "".join(f"{name:>17}" for name in names)
     for r in (r for r in written["rmse"] if r["row"] == "all"):

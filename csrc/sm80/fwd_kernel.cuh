@@ -130,7 +130,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   s.q.template load_async<kThreads>(query_rows(params.q));
   if (!keys.empty()) {
     load_keys(params.k, keys_begin, s.k[0]);
+    ptx::cp_async_commit();
     load_keys(params.v, keys_begin, s.v[0]);
+    ptx::cp_async_commit();
   }
   if (softmax_scale < 0.0f) {
     ptx::cp_async_wait_all();
@@ -145,13 +147,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   int stage = 0;
   for (int first_key = keys_begin; first_key < keys.end; first_key += kTileN) {
     const int next_key = first_key + kTileN;
-    ptx::cp_async_wait_all();
+    // A block alone on its multiprocessor begins before its first v has arrived.
+    const bool is_first = Traits::kSharesScores && first_key == keys_begin;
+    if (is_first) {
+      ptx::cp_async_wait_group<1>();
+    } else {
+      ptx::cp_async_wait_group<0>();
+    }
     __syncthreads();
     if (next_key < keys.end) {
       load_keys(params.k, next_key, s.k[stage ^ 1]);
       load_keys(params.v, next_key, s.v[stage ^ 1]);
     }
-    if (first_key < warp_keys.end && next_key > warp_keys.begin) {
+    ptx::cp_async_commit();
+    if (is_first || (first_key < warp_keys.end && next_key > warp_keys.begin)) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
       device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], warp_key);
@@ -173,7 +182,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       }
       if constexpr (Traits::kSharesScores) {
         device::store_elements(r_scores, s.p, warp_row, warp_key);
-        pair.sync();
+        if (is_first) {
+          ptx::cp_async_wait_group<1>();
+          __syncthreads();
+        } else {
+          pair.sync();
+        }
         device::accumulate_ab(r_out, s.p, warp_row, s.v[stage], warp_col);
       } else {
         device::accumulate_ab(r_out, device::to_operand<Element>(r_scores), s.v[stage], warp_col);
