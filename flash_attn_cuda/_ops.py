@@ -129,18 +129,33 @@ torch.library.register_autograd(
 torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
 
 
-# For eager mode.
-def _run(operator: Callable[..., Any], *inputs: Any) -> Any:
-    """Call an operator past the autograd registered above; its errors get their own types."""
+# For eager mode: past the autograd registered above, and errors get their own types.
+def _run_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+            out, softmax_lse = _fwd(
+                q, k, v, softmax_scale, window_left, window_right, deterministic
+            )
+            return out, softmax_lse
     except RuntimeError as error:
         _raise_named(error)
 
 
-_run_fwd = partial(_run, _fwd)
-_run_bwd = partial(_run, _bwd)
+def _run_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            dq, dk, dv = _bwd(*inputs)
+            return dq, dk, dv
+    except RuntimeError as error:
+        _raise_named(error)
 
 
 class _Backward(torch.autograd.Function):
@@ -172,7 +187,7 @@ class _TransformedForward(_Forward):
     """The same for torch.func, which demands a setup_context; with one, every apply() inspects the
     signature of forward, which takes longer than the operator."""
 
-    forward = staticmethod(_run_fwd)
+    forward = staticmethod(_run_fwd)  # type: ignore[assignment]
     setup_context = staticmethod(_setup_context)
 
 
@@ -205,13 +220,12 @@ def attention(
         out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
         natural log.
     """
-    run: Callable[..., Any]
-    if torch.compiler.is_compiling():
-        run = _fwd
-    elif not torch.is_grad_enabled():
-        run = _run_fwd
-    else:
-        run = _TransformedForward.apply if _inside_torch_func() else _Forward.apply
     options = (softmax_scale, window_left, window_right, deterministic)
-    out, softmax_lse = run(q, k, v, *options)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        out, softmax_lse = _fwd(q, k, v, *options)
+    elif not torch.is_grad_enabled():
+        out, softmax_lse = _run_fwd(q, k, v, *options)
+    else:
+        forward = _TransformedForward if _inside_torch_func() else _Forward
+        out, softmax_lse = forward.apply(q, k, v, *options)  # type: ignore[no-untyped-call]
     return out, softmax_lse

@@ -15,6 +15,7 @@ from flash_attn_cuda import _ops
 AttentionResult: TypeAlias = Tensor | Any
 
 _UNBOUNDED = 1 << 40  # more keys than any sequence has
+_NO_WINDOW = (-1, -1)
 
 
 def flash_attn_func(
@@ -24,7 +25,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -131,7 +132,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -192,7 +193,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -261,9 +262,10 @@ def _check_packed(name: str, packed: Tensor, parts: int) -> None:
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
     """What the compiled code cannot check: that it is given tensors and a number."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if softmax_scale is not None and isinstance(softmax_scale, (str, bytes, Tensor)):
         raise TypeError(f"softmax_scale: expected a number, got {type(softmax_scale).__name__}")
 
@@ -272,6 +274,8 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     """(left, right) as the operator takes them. While tracing, sides may be symbolic integers,
     which the operator checks when it runs."""
     if not torch.compiler.is_compiling():
+        if window_size is _NO_WINDOW:
+            return -1, 0 if causal else -1
         try:
             left, right = map(operator.index, window_size)
         except (TypeError, ValueError):
