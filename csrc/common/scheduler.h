@@ -22,7 +22,6 @@ struct TileScheduler {
   int heads;
   int batch;
   int64_t first = 0;  // work item of block 0, where one launch cannot have a block for each
-  int resident = 0;   // blocks that run at a time; a block is likely followed by that one later
 
   FA_HOST_DEVICE constexpr int64_t count() const { return int64_t{tiles} * heads * batch; }
 

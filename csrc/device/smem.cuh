@@ -106,20 +106,6 @@ struct SmemTile {
     });
   }
 
-  // Brings what load_async() would copy into L2.
-  template <int kThreads>
-  static FA_DEVICE void prefetch(const GlobalTile<Element>& source) {
-    constexpr int kLineElements = 128 / sizeof(Element);
-    constexpr int kLinesPerRow = (kCols + kLineElements - 1) / kLineElements;
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kLinesPerRow; i += kThreads) {
-      const int row = i / kLinesPerRow;
-      const int col = i % kLinesPerRow * kLineElements;
-      if (row < source.rows && col < source.cols) {
-        ptx::prefetch_l2(source.at(row, col));
-      }
-    }
-  }
-
   // Flips the signs of what this thread loaded.
   template <int kThreads>
   FA_DEVICE void negate() {

@@ -33,10 +33,4 @@ FA_DEVICE void cp_async_wait_group() {
 // PTX ISA, "Data Movement and Conversion Instructions: cp.async.wait_all".
 FA_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Brings the 128-byte line of an address into L2.
-// PTX ISA, "Data Movement and Conversion Instructions: prefetch", .L2.
-FA_DEVICE void prefetch_l2(const void* g_address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(g_address));
-}
-
 }  // namespace fa::ptx

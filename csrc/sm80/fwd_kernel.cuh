@@ -134,16 +134,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     load_keys(params.v, keys_begin, s.v[0]);
     ptx::cp_async_commit();
   }
-  if constexpr (Traits::kSharesScores) {
-    // A block alone on its multiprocessor: its successor finds its queries in L2.
-    const int64_t next = scheduler.first + blockIdx.x + scheduler.resident;
-    if (next < scheduler.count()) {
-      const WorkTile successor = scheduler.last_first(next);
-      decltype(s.q)::template prefetch<kThreads>(device::global_tile<Element>(
-          params.q, params.queries.at(successor.batch, shape.seqlen_q), successor.batch,
-          successor.tile * kTileM, successor.head, shape.head_dim));
-    }
-  }
   if (softmax_scale < 0.0f) {
     ptx::cp_async_wait_all();
     s.q.template negate<kThreads>();

@@ -17,8 +17,7 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   support::launch<flash_fwd_sm80<Traits>>(
       "flash_fwd_sm80", params,
-      TileScheduler{ceil_div(shape.seqlen_q, Traits::kTileM), shape.num_heads, shape.batch, 0,
-                    Traits::kBlocks * support::multiprocessors()},
+      TileScheduler{ceil_div(shape.seqlen_q, Traits::kTileM), shape.num_heads, shape.batch},
       Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
 }
 

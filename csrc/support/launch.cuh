@@ -40,19 +40,6 @@ void opt_in_to_smem(size_t smem_bytes) {
   done.fetch_or(bit, std::memory_order_release);
 }
 
-// Of the first device in use: where another has more or less, only the foresight is worse.
-inline int multiprocessors() {
-  static const int count = [] {
-    int device = 0;
-    int value = 0;
-    check_cuda(cudaGetDevice(&device), "tell the current device");
-    check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device),
-               "count multiprocessors");
-    return value;
-  }();
-  return count;
-}
-
 // kKernel(params, scheduler) with a block for each work item.
 template <auto kKernel, typename Params>
 void launch(const char* name, const Params& params, TileScheduler scheduler, int threads,
