@@ -17,19 +17,7 @@ FA_DEVICE void cp_async_16(void* s_destination, const void* g_source, bool read 
       : "memory");
 }
 
-// Makes a group of the copies that this thread began since the last one.
-// PTX ISA, "Data Movement and Conversion Instructions: cp.async.commit_group".
-FA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most kNewest groups are under way; a barrier then shows the others' copies to the
-// other threads.
-// PTX ISA, "Data Movement and Conversion Instructions: cp.async.wait_group".
-template <int kNewest>
-FA_DEVICE void cp_async_wait_group() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
-}
-
-// Waits for all copies that this thread began.
+// Waits for all copies that this thread began; a barrier then shows them to the other threads.
 // PTX ISA, "Data Movement and Conversion Instructions: cp.async.wait_all".
 FA_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -28,10 +28,12 @@
 
 namespace fa::sm80 {
 
-// The two warps that own the same rows, or a warp that has its rows to itself.
+// The two warps that own the same rows.
 template <typename Traits>
 class Pair {
  public:
+  using RowValues = typename Traits::Out::RowValues;
+
   FA_DEVICE Pair(typename Traits::SharedMemory& s, int row_warp, int col_warp)
       : s_(s), row_warp_(row_warp), col_warp_(col_warp) {}
 
@@ -42,30 +44,30 @@ class Pair {
     return ptx::barrier_any<kThreads>(barrier(), predicate);
   }
 
-  // Each row's value becomes operation(of one warp, of the other).
-  template <typename Operation>
-  FA_DEVICE void combine(typename Traits::Out::RowValues& values, Operation&& operation) const {
-    if constexpr (Traits::kSharesScores) {
-      const int first = row_warp_ * Traits::kWarpRows;
-      sync();  // the other has read what was exchanged before
-      if (device::leads_row()) {
-#pragma unroll
-        for (int i = 0; i < Traits::Out::kRowsPerThread; ++i) {
-          s_.row_values[col_warp_][first + Traits::Out::row(i)] = values[i];
-        }
-      }
-      sync();
-#pragma unroll
-      for (int i = 0; i < Traits::Out::kRowsPerThread; ++i) {
-        const int row = first + Traits::Out::row(i);
-        values[i] = operation(s_.row_values[0][row], s_.row_values[1][row]);
-      }
+  // Each row's value becomes operation(of one warp, of the other): put, a barrier, and get.
+  FA_DEVICE void put(const RowValues& values) const {
+    if (device::leads_row()) {
+      each_row([&](int i, int row) { s_.row_values[col_warp_][row] = values[i]; });
     }
+  }
+  template <typename Operation>
+  FA_DEVICE void get(RowValues& values, Operation&& operation) const {
+    each_row([&](int i, int row) {
+      values[i] = operation(s_.row_values[0][row], s_.row_values[1][row]);
+    });
   }
 
  private:
   static constexpr int kThreads = 2 * ptx::kWarpSize;
   FA_DEVICE int barrier() const { return 1 + row_warp_; }
+
+  template <typename Visit>
+  FA_DEVICE void each_row(Visit&& visit) const {
+#pragma unroll
+    for (int i = 0; i < Traits::Out::kRowsPerThread; ++i) {
+      visit(i, row_warp_ * Traits::kWarpRows + Traits::Out::row(i));
+    }
+  }
 
   typename Traits::SharedMemory& s_;
   int row_warp_;
@@ -130,9 +132,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   s.q.template load_async<kThreads>(query_rows(params.q));
   if (!keys.empty()) {
     load_keys(params.k, keys_begin, s.k[0]);
-    ptx::cp_async_commit();
     load_keys(params.v, keys_begin, s.v[0]);
-    ptx::cp_async_commit();
   }
   if (softmax_scale < 0.0f) {
     ptx::cp_async_wait_all();
@@ -147,20 +147,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   int stage = 0;
   for (int first_key = keys_begin; first_key < keys.end; first_key += kTileN) {
     const int next_key = first_key + kTileN;
-    // A block alone on its multiprocessor begins before its first v has arrived.
-    const bool is_first = Traits::kSharesScores && first_key == keys_begin;
-    if (is_first) {
-      ptx::cp_async_wait_group<1>();
-    } else {
-      ptx::cp_async_wait_group<0>();
-    }
+    ptx::cp_async_wait_all();
     __syncthreads();
     if (next_key < keys.end) {
       load_keys(params.k, next_key, s.k[stage ^ 1]);
       load_keys(params.v, next_key, s.v[stage ^ 1]);
     }
-    ptx::cp_async_commit();
-    if (is_first || (first_key < warp_keys.end && next_key > warp_keys.begin)) {
+    if (first_key < warp_keys.end && next_key > warp_keys.begin) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
       device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], warp_key);
@@ -170,24 +163,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       typename Out::RowValues largest;
       typename Out::RowValues rescale;
       softmax.largest(r_scores, largest);
+      bool raised = true;
       if constexpr (Traits::kSharesScores) {
-        if (pair.any(softmax.raises(largest))) {
-          pair.combine(largest, [](float a, float b) { return fmaxf(a, b); });
+        raised = pair.any(softmax.raises(largest));
+        if (raised) {
+          pair.put(largest);
+          pair.sync();
+          pair.get(largest, [](float a, float b) { return fmaxf(a, b); });
         }
       }
-      const bool raised = softmax.raise(largest, rescale);
+      raised = raised && softmax.raise(largest, rescale);
       softmax.exponentiate(r_scores);
       if (__any_sync(~0u, raised)) {
         r_out.scale_rows(rescale);
       }
       if constexpr (Traits::kSharesScores) {
         device::store_elements(r_scores, s.p, warp_row, warp_key);
-        if (is_first) {
-          ptx::cp_async_wait_group<1>();
-          __syncthreads();
-        } else {
-          pair.sync();
-        }
+        pair.sync();
         device::accumulate_ab(r_out, s.p, warp_row, s.v[stage], warp_col);
       } else {
         device::accumulate_ab(r_out, device::to_operand<Element>(r_scores), s.v[stage], warp_col);
@@ -200,7 +192,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   typename Out::RowValues lse;
   typename Out::RowValues normalizer;
   softmax.sums(sums);
-  pair.combine(sums, [](float a, float b) { return a + b; });
+  if constexpr (Traits::kSharesScores) {
+    pair.put(sums);
+  }
+  // Where these queries see no key, the copy of q is still under way here.
+  ptx::cp_async_wait_all();
+  __syncthreads();
+  if constexpr (Traits::kSharesScores) {
+    pair.get(sums, [](float a, float b) { return a + b; });
+  }
   softmax.finalize(sums, lse, normalizer);
   r_out.scale_rows(normalizer);
   if (col_warp == 0) {
@@ -208,9 +208,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         lse, params.softmax_lse.row<float>(tile.batch, tile.head) + sequence_q.begin,
         first_query + warp_row, sequence_q.length);
   }
-  // Where these queries see no key, the copy of q is still under way here.
-  ptx::cp_async_wait_all();
-  __syncthreads();
   device::store_elements(r_out, s.q, warp_row, warp_col);
   __syncthreads();
   s.q.template store<kThreads>(query_rows(params.out));
