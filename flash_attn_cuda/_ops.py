@@ -20,6 +20,9 @@ from flash_attn_cuda._load import load_extension
 _C = load_extension()
 _fwd = torch.ops.flash_attn_cuda.fwd.default
 _bwd = torch.ops.flash_attn_cuda.bwd.default
+# The same without a Python frame between, where this torch has it.
+_fwd_fast = getattr(_fwd, "_op", _fwd)
+_bwd_fast = getattr(_bwd, "_op", _bwd)
 
 _ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -141,7 +144,7 @@ def _run_fwd(
 ) -> tuple[Tensor, Tensor]:
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse = _fwd(
+            out, softmax_lse = _fwd_fast(
                 q, k, v, softmax_scale, window_left, window_right, deterministic
             )
             return out, softmax_lse
@@ -152,7 +155,7 @@ def _run_fwd(
 def _run_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv = _bwd(*inputs)
+            dq, dk, dv = _bwd_fast(*inputs)
             return dq, dk, dv
     except RuntimeError as error:
         _raise_named(error)
@@ -220,12 +223,12 @@ def attention(
         out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
         natural log.
     """
-    options = (softmax_scale, window_left, window_right, deterministic)
+    inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic)
     if torch.compiler.is_compiling():
-        out, softmax_lse = _fwd(q, k, v, *options)
+        out, softmax_lse = _fwd(*inputs)
     elif not torch.is_grad_enabled():
-        out, softmax_lse = _run_fwd(q, k, v, *options)
+        out, softmax_lse = _run_fwd(*inputs)
     else:
         forward = _TransformedForward if _inside_torch_func() else _Forward
-        out, softmax_lse = forward.apply(q, k, v, *options)  # type: ignore[no-untyped-call]
+        out, softmax_lse = forward.apply(*inputs)  # type: ignore[no-untyped-call]
     return out, softmax_lse

@@ -292,8 +292,8 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own attention does."""
-    device_type = q.device.type
-    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+    device_type = "cuda" if q.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(device_type) or q.device.type != device_type:
         return q, k, v
     dtype = torch.get_autocast_dtype(device_type)
     castable = (torch.float32, torch.float16, torch.bfloat16)

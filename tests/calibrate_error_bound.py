@@ -10,7 +10,8 @@ element of out, lse, dq, dk and dv:
 results     by dtype, rows of the kernel table (head_dim up to the number) and result: the median,
             99th percentile and largest ratio, and the problem that has the largest
 constants   the largest ratio among the elements where the term of one constant of the bound is at
-            least half of it. See CALIBRATED in compare.py for where it should lie
+            least half of it. See CALIBRATED in compare.py for where it should lie on the
+            device that is the least exact; a device may read loose alone
 rmse        relative root mean square errors beside those of PyTorch's flash kernel and of standard
             attention in the same dtype, on those problems that all of them can run
 

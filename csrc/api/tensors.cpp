@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "api/tensors.h"
 
+#include <array>
 #include <limits>
 #include <ostream>
 
@@ -236,16 +237,18 @@ Tensor make_contiguous(const Argument& argument) {
 // torch::stable::empty() looks the operator up by name and boxes its arguments at every call, which
 // takes longer than the allocation.
 Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype dtype) {
+  std::array<int64_t, 4> strides;
   int64_t elements = 1;
-  for (int64_t size : sizes) {
-    elements *= size;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = elements;
+    elements *= sizes.begin()[dim];
   }
   return allocate(like, elements, [&] {
-    int32_t number = torch_number(dtype);
     AtenTensorHandle tensor = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-        like.tensor.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &number,
-        /*layout=*/nullptr, /*device=*/nullptr, 0, /*pin_memory=*/nullptr, &tensor));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), torch_number(dtype),
+        like.device.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+        like.device.index(), &tensor));
     return Tensor(tensor);
   });
 }

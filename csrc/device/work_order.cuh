@@ -13,12 +13,13 @@ FA_DEVICE WorkTile uniform(const WorkTile& tile) {
 }
 
 // The work item of this block. In a deterministic pass a block draws it when it begins, so that
-// items begin in their order whatever order the hardware starts blocks in.
-FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace& workspace) {
+// items begin in their order whatever order the hardware starts blocks in. s_ticket is shared
+// memory that nobody writes before the block's next barrier.
+FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace& workspace,
+                             int64_t& s_ticket) {
   if (workspace.ticket() == nullptr) {
     return uniform(scheduler.at(scheduler.first + blockIdx.x));
   }
-  __shared__ int64_t s_ticket;
   if (threadIdx.x == 0) {
     s_ticket = static_cast<int64_t>(atomicAdd(workspace.ticket(), 1ULL));
   }

@@ -49,6 +49,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   using QueryGrid = typename Traits::QueryGrid;
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  constexpr int kDqCols = Traits::kDqCols;
   constexpr int kThreads = Traits::kThreads;
 
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
@@ -57,7 +59,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = softmax_scale * kLog2E;
 
-  const WorkTile tile = device::take_work(scheduler, workspace);  // of a head of keys and values
+  // of a head of keys and values
+  const WorkTile tile = device::take_work(scheduler, workspace, s.ticket);
   const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
   const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
   const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
@@ -147,15 +150,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
     device::accumulate_atb(r_dv, s.p, KeyGrid::row(), s_dout, KeyGrid::col());
     device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
-    typename QueryGrid::Sum r_dq;
-    r_dq.clear();
-    device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, QueryGrid::col());
 
     const int64_t index = workspace.index(at.head, first_tile + at.tile);
     device::InTurn in_turn(workspace, index, [&] {
       return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
     });
-    QueryGrid::add(workspace.dq_sum(index), r_dq);
+#pragma unroll
+    for (int dq_col = 0; dq_col < kHeadDim; dq_col += kDqCols) {
+      typename QueryGrid::Sum r_dq;
+      r_dq.clear();
+      device::accumulate_ab(r_dq, s.ds, QueryGrid::row(), s.k, dq_col + QueryGrid::col());
+      QueryGrid::add(workspace.dq_sum(index) + kTileM * dq_col, r_dq);
+    }
     in_turn.end();
     stage ^= 1;
   }
@@ -190,11 +196,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   const int64_t first_tile =
       params.queries.first_tile(tile.batch, params.shape.seqlen_q, Traits::kTileM);
-  typename QueryGrid::Sum r_dq;
-  QueryGrid::load(
-      params.workspace.dq_sum(params.workspace.index(tile.head, first_tile + tile.tile)), r_dq);
-  r_dq.scale(static_cast<float>(params.softmax_scale));
-  device::store_elements(r_dq, s_dq, QueryGrid::row(), QueryGrid::col());
+  const float* g_sums =
+      params.workspace.dq_sum(params.workspace.index(tile.head, first_tile + tile.tile));
+#pragma unroll
+  for (int dq_col = 0; dq_col < Traits::kHeadDim; dq_col += Traits::kDqCols) {
+    typename QueryGrid::Sum r_dq;
+    QueryGrid::load(g_sums + Traits::kTileM * dq_col, r_dq);
+    r_dq.scale(static_cast<float>(params.softmax_scale));
+    device::store_elements(r_dq, s_dq, QueryGrid::row(), dq_col + QueryGrid::col());
+  }
   __syncthreads();
   s_dq.template store<kThreads>(device::global_tile<Element>(
       params.dq, sequence, tile.batch, first_query, tile.head, params.shape.head_dim));

@@ -210,6 +210,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
   device::store_elements(r_out, s.q, warp_row, warp_col);
   __syncthreads();
+  if constexpr (Traits::kSharesScores) {
+    __syncthreads();  // racecheck loses one where pairs have met different numbers of times
+  }
   s.q.template store<kThreads>(query_rows(params.out));
 }
 

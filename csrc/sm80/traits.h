@@ -66,7 +66,13 @@ struct BwdTraits : Traits<kRow> {
   using Base = Traits<kRow>;
   using ScoreGrid = device::WarpGrid<Base::kTileM, Base::kTileN, Base::kWarps>;
   using KeyGrid = device::WarpGrid<Base::kTileN, Base::kHeadDim, Base::kWarps>;
-  using QueryGrid = device::WarpGrid<Base::kTileM, Base::kHeadDim, Base::kWarps>;
+
+  // Columns of dq at a time: parts of a panel's width where all of it, beside dk and dv, would take
+  // too many registers.
+  static constexpr int kDqRegisters = Base::kTileM * Base::kHeadDim / Base::kThreads;
+  static constexpr int kDqCols =
+      kDqRegisters <= 48 ? Base::kHeadDim : Base::template Rows<Base::kTileM>::kPanelCols;
+  using QueryGrid = device::WarpGrid<Base::kTileM, kDqCols, Base::kWarps>;
 
   // (queries, keys): what the warps exchange.
   using Scores = device::SmemTile<typename Base::Element, Base::kTileM, Base::kTileN>;
@@ -85,7 +91,10 @@ struct BwdTraits : Traits<kRow> {
     typename Base::template Rows<Base::kTileN> k;
     typename Base::template Rows<Base::kTileN> v;
     Queries queries[kStages];
-    Scores p;
+    union {
+      Scores p;
+      int64_t ticket;  // read before the first p is written
+    };
     Scores ds;
     Statistics statistics[kStages];
   };

@@ -223,7 +223,8 @@ void test_grid() {
 // Each block writes its tile behind those that wrote before it, with plain loads and stores.
 __global__ void turns_kernel(BwdWorkspace workspace, TileScheduler scheduler, int* g_tiles,
                              int* g_counts) {
-  const WorkTile tile = device::take_work(scheduler, workspace);
+  __shared__ int64_t s_ticket;
+  const WorkTile tile = device::take_work(scheduler, workspace, s_ticket);
   device::InTurn in_turn(workspace, tile.head, [&] { return tile.tile; });
   if (threadIdx.x == blockDim.x - 1) {
     int& g_count = g_counts[tile.head];

@@ -179,6 +179,19 @@ def test_a_sum_of_equal_terms_is_inside(terms: int) -> None:
         assert roundoffs > CONSTANTS.sum + CONSTANTS.sum_per_root * math.sqrt(terms)
 
 
+@pytest.mark.parametrize(("size", "is_inside"), [(0.99, True), (1.5, False)])
+def test_a_subnormal_sum_of_dq_may_be_flushed(size: float, is_inside: bool) -> None:
+    smallest_normal, scale = 2.0**-126, 8.0
+    one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    # dS of a key that is seen alone is dLSE.
+    dlse = torch.full((1, 1, 1), 16 * size * smallest_normal)
+    inputs = (one, one / 16, one, torch.zeros_like(one), dlse)
+    expected = expected_with_bounds(*inputs, softmax_scale=scale)
+    dq, bound = expected.values["dq"], expected.bounds["dq"]
+    torch.testing.assert_close(dq.item(), scale * size * smallest_normal, rtol=1e-6, atol=0)
+    assert (error_ratio(torch.zeros_like(dq), dq, bound).item() < 1) == is_inside
+
+
 def test_error_ratio() -> None:
     nan, inf = math.nan, math.inf
     actual = torch.tensor([1.0, 2.0, -inf, nan, inf, 0.0, 1.0, 1.0])

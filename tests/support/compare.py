@@ -42,7 +42,8 @@ class Arithmetic:
     storage: of results, and of P and dS where they are operands of a matrix product. The float32
         and float64 paths keep both in their compute precision.
     tiny: what a value of the storage dtype can lose where it underflows.
-    flush: the same for P in the compute precision: exp2 flushes subnormal numbers to 0.
+    flush: the same in the compute precision, for P and the sums of dq: on the GPU exp2 flushes
+        subnormal numbers to 0, and so do additions to memory.
     """
 
     compute: float
@@ -72,8 +73,8 @@ ARITHMETIC = {
 #   above, other data may violate the bound. OPERAND and RESULT are no estimates: rounding to
 #   nearest errs by up to one roundoff and no more, so results that are rounded once or twice come
 #   close to their bound, and the limit is 1.
-# The kernels of all devices share the constants, so the least exact of them counts: for sums that
-# is the CPU's, which adds all terms in one chain.
+# The kernels of all devices share the constants, so the least exact of them counts: for sums, and
+# so for the softmax, that is the CPU's, which adds all terms in one chain.
 CALIBRATED = (0.2, 0.8)
 
 # q k^T and dout v^T over head_dim, of the sum of magnitudes: each addition rounds a partial sum,
@@ -182,7 +183,8 @@ def expected_with_bounds(
         Q = q[:, rows].double().transpose(1, 2)
         absQ = Q.abs()
         visible = mask[rows].double()  # a masked key contributes exactly 0
-        sum_k = eps * constants.of_sum(_row_sum(visible))
+        terms = _row_sum(visible)
+        sum_k = eps * constants.of_sum(terms)
         S = (scale * Q @ K.mT).masked_fill_(~mask[rows], -math.inf)
         lse = torch.logsumexp(S, dim=-1)
         sees_nothing = (lse == -math.inf)[..., None]
@@ -225,7 +227,10 @@ def expected_with_bounds(
         values["dk"] = scale * dS.mT @ Q
         values["dv"] = P.mT @ dO
         more = (1 + u_result) * abs(scale)
-        bound_dQ = more * (err_dS + sum_k * dS.abs()) @ absK + tiny * _any(mask[rows], dim=1)
+        # dq alone is summed in memory, before it is scaled. An addition there flushes a term or the
+        # sum, not both, and there are no more additions than terms.
+        err_sum = (err_dS + sum_k * dS.abs()) @ absK + arithmetic.flush * terms
+        bound_dQ = more * err_sum + tiny * _any(mask[rows], dim=1)
         bounds["dq"] = bound_dQ.transpose(1, 2) + u_result * values["dq"].abs()
         bounds["dk"] = more * (err_dS + sum_q * dS.abs()).mT @ absQ
         weight = u_operand * P + err_P + sum_q * P + tiny * visible
