@@ -2,10 +2,10 @@
 """Compiles every CUDA source for every target and fails on what would make a kernel slow without a
 word.
 
-Spills, local memory and stack frames fail, and so do ptxas' C75xx messages (wgmma serialised,
-setmaxnreg ignored), which ptxas prints as information only. Prints how many registers each kernel
-takes on each target; a row of the kernel table that does not fit a target's shared memory never
-runs there, and is left out.
+Spills, local memory, stack frames and static shared memory fail, and so do ptxas' C75xx messages
+(wgmma serialised, setmaxnreg ignored), which ptxas prints as information only. Prints how many
+registers each kernel takes on each target; a row of the kernel table that does not fit a target's
+shared memory never runs there, and is left out.
 
     python .ci/check_kernels.py [TARGET ...]
 """
@@ -47,6 +47,7 @@ int main(int count, char** limits) {
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 REGISTERS = re.compile(r"Used (\d+) registers")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+STATIC_SMEM = re.compile(r"(\d+) bytes smem")  # which the table does not count
 PERFORMANCE = re.compile(r"\(C75\d\d\)")
 
 
@@ -117,6 +118,8 @@ def compile_source(
             continue
         if (match := FRAME.search(line)) and any(int(number) for number in match.groups()):
             report.faults.append(f"sm_{target}: {kernel.name} {kernel.dtype}: {match[0]}")
+        if (match := STATIC_SMEM.search(line)) and kernel.dtype:
+            report.faults.append(f"sm_{target}: {kernel.name} {kernel.dtype}: static, {match[0]}")
         if match := REGISTERS.search(line):
             count = max(int(match[1]), report.registers.get(kernel.name, 0))
             report.registers[kernel.name] = count

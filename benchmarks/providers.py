@@ -33,11 +33,11 @@ class Provider:
         return x.detach().transpose(1, 2) if self.heads_first else x.detach()
 
 
-def _seqlen_first(module: str, function: str = "flash_attn_func") -> Provider:
+def _seqlen_first(module: str, function: str = "flash_attn_func", **options: Any) -> Provider:
     attention = getattr(import_module(module), function)
 
     def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        out = attention(q, k, v, causal=causal)
+        out = attention(q, k, v, causal=causal, **options)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     return Provider(call)
@@ -52,6 +52,7 @@ def _sdpa(backend: SDPBackend) -> Provider:
 
 _MAKERS: dict[str, Callable[[], Provider]] = {
     "flash_attn_cuda": partial(_seqlen_first, "flash_attn_cuda"),
+    "deterministic": partial(_seqlen_first, "flash_attn_cuda", deterministic=True),
     "sdpa_flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),

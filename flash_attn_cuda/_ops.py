@@ -113,7 +113,9 @@ def _gradients(
     q, k, v, out, softmax_lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, *ctx.options)
+    *options, deterministic = ctx.options
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, *options, deterministic)
     return dq, dk, dv, *no_gradients
 
 

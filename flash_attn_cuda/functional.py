@@ -62,8 +62,9 @@ def flash_attn_func(
         softcap: only 0.0 for now.
         alibi_slopes: only None for now.
         deterministic: gradients are the same bits at every run, somewhat slower; also where
-            torch.use_deterministic_algorithms() is on. Otherwise the backward pass on CUDA adds up
-            dq, in float32, in whatever order its blocks finish. All else is always deterministic.
+            torch.use_deterministic_algorithms() is on, in either pass. Otherwise the backward pass
+            on CUDA adds up dq, in float32, in whatever order its blocks finish. All else is always
+            deterministic, on one type of GPU.
         return_attn_probs: return (out, softmax_lse, S_dmask) as flash-attn does, whatever
             return_lse says; S_dmask is empty without dropout.
         return_lse: return (out, softmax_lse); softmax_lse is (batch, heads, seqlen_q), float32

@@ -30,13 +30,12 @@ Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& c
   }
   const int64_t tiles =
       params.queries.count_tiles(shape.batch, shape.seqlen_q, shape.seqlen_q, config.tile_m);
-  const int64_t all_tiles = tiles * shape.num_heads;
-  const bool in_turn = deterministic && all_tiles > 0;  // without queries nothing is added to dq
-  Tensor memory = empty({BwdWorkspace::floats(all_tiles, config.tile_m, config.head_dim, in_turn)},
+  Tensor memory = empty({BwdWorkspace::floats(tiles * shape.num_heads, config.tile_m,
+                                              config.head_dim, deterministic)},
                         q, Dtype::kFloat32);
   params.workspace =
       BwdWorkspace::in(static_cast<float*>(memory.mutable_data_ptr()), shape.num_heads, tiles,
-                       config.tile_m, config.head_dim, in_turn);
+                       config.tile_m, config.head_dim, deterministic);
   return memory;
 }
 

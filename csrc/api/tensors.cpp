@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "api/tensors.h"
 
-#include <array>
 #include <limits>
 #include <ostream>
+#include <vector>
 
 #include "common/check.h"
 
@@ -222,7 +222,8 @@ Tensor readable(const Argument& argument) {
       return torch::stable::contiguous(torch::stable::pad(tensor, {last_dim_padding, 2}));
     }
     // contiguous() returns the tensor itself where only its base is misaligned; clone() never does.
-    return torch::stable::clone(torch::stable::contiguous(tensor));
+    Tensor copy = torch::stable::contiguous(tensor);
+    return copy.data_ptr() == tensor.data_ptr() ? torch::stable::clone(tensor) : copy;
   });
 }
 
@@ -235,20 +236,28 @@ Tensor make_contiguous(const Argument& argument) {
 }
 
 // torch::stable::empty() looks the operator up by name and boxes its arguments at every call, which
-// takes longer than the allocation.
+// takes longer than the allocation. On the CPU only new_empty fills new memory where torch is told
+// to (torch.utils.deterministic.fill_uninitialized_memory); on CUDA empty_strided does too and is
+// faster.
 Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype dtype) {
-  std::array<int64_t, 4> strides;
+  std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
     strides[dim] = elements;
     elements *= sizes.begin()[dim];
   }
   return allocate(like, elements, [&] {
+    const auto dims = static_cast<int64_t>(sizes.size());
+    int32_t number = torch_number(dtype);
     AtenTensorHandle tensor = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), torch_number(dtype),
-        like.device.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
-        like.device.index(), &tensor));
+    TORCH_ERROR_CODE_CHECK(
+        like.device.is_cpu()
+            ? aoti_torch_aten_new_empty(like.tensor.get(), sizes.begin(), dims, &number,
+                                        /*layout=*/nullptr, /*device=*/nullptr, 0,
+                                        /*pin_memory=*/nullptr, &tensor)
+            : aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), number,
+                                       aoti_torch_device_type_cuda(), like.device.index(),
+                                       &tensor));
     return Tensor(tensor);
   });
 }

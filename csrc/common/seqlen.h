@@ -16,7 +16,8 @@ struct Sequence {
 
 // Of queries or of keys, for a whole batch. Without pointers every sequence starts at row 0 of its
 // batch entry and has the length of the tensor. With cu_seqlens the sequences are packed one after
-// another in a single batch entry (the views then have batch_stride 0).
+// another in a single batch entry (the views then have batch_stride 0). Kernels trust what the
+// pointers hold, and leave the rows of no sequence as they are.
 struct Sequences {
   const int32_t* cu_seqlens = nullptr;  // (batch + 1): first row of each sequence, and their end
   const int32_t* seqused = nullptr;     // (batch): how many rows of each sequence count

@@ -167,8 +167,4 @@ constexpr void for_each_row(Visitor&& visit) {
   }
 }
 
-// The most shared memory of a block on the GPUs that the sm80 family runs on, smallest first:
-// compute capability 8.6, 8.9, 12.0; 8.0 and 8.7; 9.0 and 10.0.
-inline constexpr int64_t kSmemOptIns[] = {99 * 1024, 163 * 1024, 227 * 1024};
-
 }  // namespace fa

@@ -20,7 +20,6 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
-#include "device/epilogue.cuh"
 #include "device/mask.cuh"
 #include "device/warp_mma.cuh"
 #include "device/work_order.cuh"
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // Looked up again where it is used, rather than kept in registers through the loop.
   const auto key_rows = [&](const TensorView& view) {
     const int batch = static_cast<int>(ptx::opaque(tile.batch));
-    return device::global_tile<Element>(view, params.keys.at(tile.batch, shape.seqlen_k), batch,
+    return device::global_tile<Element>(view, params.keys.at(batch, shape.seqlen_k), batch,
                                         first_key, tile.head, shape.head_dim);
   };
   s.k.template load_async<kThreads>(key_rows(params.k));

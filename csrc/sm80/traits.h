@@ -34,7 +34,8 @@ struct Traits {
   using Rows = device::SmemTile<Element, kRows, kHeadDim>;
 };
 
-// A warp owns rows of out, all columns or half of them; two warps then share their scores.
+// A warp owns rows of out, all columns or half of them; two warps then share their scores, but for
+// a tile of 16 keys, the fewest that a warp can take.
 template <int kRow>
 struct FwdTraits : Traits<kRow> {
   using Base = Traits<kRow>;

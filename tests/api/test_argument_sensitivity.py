@@ -114,6 +114,17 @@ def test_deterministic_reaches_both_passes(argument: bool, setting: bool) -> Non
     assert record.deterministic == 2 * [argument or setting]
 
 
+def test_torchs_setting_counts_when_gradients_are_computed() -> None:
+    with _Record() as record:
+        loss = flash_attn_func(*_qkv("cpu")).sum()
+        torch.use_deterministic_algorithms(True)
+        try:
+            loss.backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert record.deterministic == [False, True]
+
+
 def test_results_follow_the_return_arguments(device: str) -> None:
     qkv = _qkv(device)
     out = flash_attn_func(*qkv)

@@ -15,6 +15,10 @@ namespace {
 using namespace fa;
 using namespace fa::table;  // kSm80, kForward, kBFloat16, kWindow, ...
 
+// The most shared memory of a block on the GPUs that the sm80 family runs on: compute capability
+// 8.6, 8.9, 12.0; 8.0 and 8.7; 9.0 and 10.0.
+constexpr int64_t kSmemOptIns[] = {99 * 1024, 163 * 1024, 227 * 1024};
+
 constexpr int kLargestHeadDim = 512;
 
 struct Choice {
