@@ -93,7 +93,7 @@ inline std::vector<Case> fixed_length_cases() {
        .shape = {1, 2, 2, 66, 130, 64},
        .right = 0,
        .magnitude = 500.0f,
-       .gradient_slack = 50},
+       .dlse = true},  // else gradients nearly vanish, and rounding errors are as large
       {.name = "dlse", .shape = {2, 4, 2, 100, 90, 64}, .dlse = true},
       {.name = "negative scale",
        .shape = {1, 2, 2, 70, 90, kOfRow},
