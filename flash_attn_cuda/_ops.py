@@ -135,20 +135,10 @@ torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
 
 
 # For eager mode: past the autograd registered above, and errors get their own types.
-def _run_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    window_left: int,
-    window_right: int,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
+def _run_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse = _fwd_fast(
-                q, k, v, softmax_scale, window_left, window_right, deterministic
-            )
+            out, softmax_lse = _fwd_fast(*inputs)
             return out, softmax_lse
     except RuntimeError as error:
         _raise_named(error)

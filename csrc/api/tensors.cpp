@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "api/tensors.h"
 
+#include <algorithm>
+#include <array>
 #include <limits>
 #include <ostream>
-#include <vector>
 
 #include "common/check.h"
 
@@ -15,6 +16,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async
 constexpr int64_t kCudaHeadDimMultiple = 8;
+constexpr size_t kMaxDims = 4;  // of a tensor made here
 
 // Parts of messages, put into words only where there is a message.
 struct ShapeOf {
@@ -240,11 +242,14 @@ Tensor make_contiguous(const Argument& argument) {
 // to (torch.utils.deterministic.fill_uninitialized_memory); on CUDA empty_strided does too and is
 // faster.
 Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype dtype) {
-  std::vector<int64_t> strides(sizes.size());
+  std::array<int64_t, kMaxDims> strides;
   int64_t elements = 1;
+  int64_t stride = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
-    strides[dim] = elements;
-    elements *= sizes.begin()[dim];
+    const int64_t size = sizes.begin()[dim];
+    strides.at(dim) = stride;
+    elements *= size;
+    stride *= std::max<int64_t>(size, 1);
   }
   return allocate(like, elements, [&] {
     const auto dims = static_cast<int64_t>(sizes.size());

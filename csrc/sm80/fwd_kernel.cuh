@@ -211,11 +211,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
   device::store_elements(r_out, s.q, warp_row, warp_col);
   __syncthreads();
-  if constexpr (Traits::kSharesScores) {
-    // Not needed: compute-sanitizer's racecheck loses track of one barrier where pairs have met
-    // different numbers of times at theirs, and reports a race that is none.
-    __syncthreads();
-  }
   s.q.template store<kThreads>(query_rows(params.out));
 }
 
