@@ -20,9 +20,9 @@ from flash_attn_cuda._load import load_extension
 _C = load_extension()
 _fwd = torch.ops.flash_attn_cuda.fwd.default
 _bwd = torch.ops.flash_attn_cuda.bwd.default
+_fwd_eager = torch.ops.flash_attn_cuda.fwd_eager.default
 # The same without a Python frame between, where this torch has it.
-_fwd_fast = getattr(_fwd, "_op", _fwd)
-_bwd_fast = getattr(_bwd, "_op", _bwd)
+_fwd_eager = getattr(_fwd_eager, "_op", _fwd_eager)
 
 _ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -62,6 +62,7 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 @torch.library.register_fake("flash_attn_cuda::fwd")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("flash_attn_cuda::fwd_eager")  # type: ignore[untyped-decorator]
 def _fwd_fake(
     q: Tensor,
     k: Tensor,
@@ -134,12 +135,11 @@ torch.library.register_autograd(
 torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
 
 
-# For eager mode: past the autograd registered above, and errors get their own types.
+# For eager mode: without the autograd registered above, and errors get their own types.
 def _run_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse = _fwd_fast(*inputs)
-            return out, softmax_lse
+        output: tuple[Tensor, Tensor] = _fwd_eager(*inputs)
+        return output
     except RuntimeError as error:
         _raise_named(error)
 
@@ -147,7 +147,7 @@ def _run_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _run_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv = _bwd_fast(*inputs)
+            dq, dk, dv = _bwd(*inputs)
             return dq, dk, dv
     except RuntimeError as error:
         _raise_named(error)

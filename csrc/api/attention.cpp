@@ -142,11 +142,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 }  // namespace fa::api
 
+#define FA_FWD_SCHEMA                                                                              \
+  "(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, SymInt window_right, " \
+  "bool deterministic) -> (Tensor out, Tensor softmax_lse)"
+
+// fwd and fwd_eager are the same. Python gives fwd an autograd formula, which tracing needs; eager
+// calls have theirs outside the operator, and going around a formula takes them longer than calling
+// an operator that has none.
 STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
-  library.def(
-      "fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, SymInt "
-      "window_right, bool deterministic) "
-      "-> (Tensor out, Tensor softmax_lse)");
+  library.def("fwd" FA_FWD_SCHEMA);
+  library.def("fwd_eager" FA_FWD_SCHEMA);
   library.def(
       "bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
       "softmax_lse, "
@@ -156,10 +161,12 @@ STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CPU, library) {
   library.impl("fwd", TORCH_BOX(&fa::api::forward));
+  library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));
   library.impl("bwd", TORCH_BOX(&fa::api::backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CUDA, library) {
   library.impl("fwd", TORCH_BOX(&fa::api::forward));
+  library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));
   library.impl("bwd", TORCH_BOX(&fa::api::backward));
 }

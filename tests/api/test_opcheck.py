@@ -38,10 +38,11 @@ BWD_SCHEMA = (
 )
 
 
-@pytest.mark.parametrize("name", ["fwd", "bwd"])
-def test_schema(name: str) -> None:
-    schema = getattr(torch.ops.flash_attn_cuda, name).default._schema
-    assert str(schema) == {"fwd": FWD_SCHEMA, "bwd": BWD_SCHEMA}[name]
+def test_schema() -> None:
+    ops = torch.ops.flash_attn_cuda
+    assert str(ops.fwd.default._schema) == FWD_SCHEMA
+    assert str(ops.fwd_eager.default._schema) == FWD_SCHEMA.replace("::fwd", "::fwd_eager")
+    assert str(ops.bwd.default._schema) == BWD_SCHEMA
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -50,6 +51,14 @@ def test_fwd(device: str, case: Case) -> None:
     inputs = make_inputs(case)
     qkv = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     torch.library.opcheck(torch.ops.flash_attn_cuda.fwd.default, (*qkv, *_options(case)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fwd_eager(device: str, case: Case) -> None:
+    case = case.on(device)
+    inputs = make_inputs(case)
+    arguments = (inputs.q, inputs.k, inputs.v, *_options(case))
+    torch.library.opcheck(torch.ops.flash_attn_cuda.fwd_eager.default, arguments)
 
 
 @pytest.mark.parametrize("dlse", [False, True])
