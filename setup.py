@@ -171,7 +171,9 @@ def make_extension(cuda_home: Path | None, archs: list[str]) -> Extension:
     files = sources("common", "cpu", "dispatch", "api", suffix=".cpp")
     libraries, library_dirs, nvcc = ["torch_cpu"], cpp_extension.library_paths(), []
     if cuda_home is not None:
-        files += sources("support", suffix=".cpp") + sources("support", "sm80", suffix=".cu")
+        families = ["sm80", "sm90"] if "90a" in archs else ["sm80"]
+        files += sources("support", *families, suffix=".cpp")
+        files += sources("support", *families, suffix=".cu")
         flags, names = gencode(archs)
         defines.append(f"-DFA_COMPILED_ARCHS={','.join(names)}")
         if cuda_home != Path("/usr"):  # the compiler's own; naming it would reorder its headers

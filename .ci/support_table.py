@@ -10,9 +10,10 @@ import flash_attn_cuda
 
 Row = dict[str, Any]
 
+# The families that are chosen.
 DEVICES = {
-    "cpu": "every x86-64 and aarch64",
     "sm80": "NVIDIA GPUs from Ampere on: machine code for 8.x and 9.0, PTX for newer ones",
+    "cpu": "every x86-64 and aarch64",
 }
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 PASSES = {"fwd": "forward", "bwd": "backward"}
@@ -41,7 +42,7 @@ def what_runs(rows: list[Row]) -> tuple[str, str, str]:
 
 def families(kernels: list[Row]) -> str:
     body = []
-    for family in dict.fromkeys(row["family"] for row in kernels):
+    for family in DEVICES:
         passes: dict[tuple[str, str, str], list[str]] = {}
         for pass_name, title in PASSES.items():
             rows = [r for r in kernels if r["family"] == family and r["pass"] == pass_name]

@@ -39,6 +39,21 @@ struct TileScheduler {
     return {tiles - 1 - tile.tile, tile.head, tile.batch};
   }
 
+  // The last tile first, as above, but tile by tile for `group` neighbouring heads at a time:
+  // blocks that run together then have much the same length, and read no more keys than group heads
+  // have. tiles * group fits an int.
+  FA_HOST_DEVICE constexpr WorkTile last_first_of_group(int64_t index, int group) const {
+    const int64_t group_index = divide(index, tiles * group);
+    const int64_t first_head = group_index * group;
+    const int members = static_cast<int>(min(int64_t{group}, int64_t{heads} * batch - first_head));
+    const int in_group = static_cast<int>(index - group_index * (tiles * group));
+    const int tile = in_group / members;
+    const int64_t head_index = first_head + (in_group - tile * members);
+    const int64_t batch_index = divide(head_index, heads);
+    return {tiles - 1 - tile, static_cast<int>(head_index - batch_index * heads),
+            static_cast<int>(batch_index)};
+  }
+
   // All heads of tile 0, then all of tile 1, and so on.
   FA_HOST_DEVICE constexpr WorkTile heads_first(int64_t index) const {
     const int64_t all_heads = int64_t{heads} * batch;

@@ -21,6 +21,7 @@ struct Sequence {
 struct Sequences {
   const int32_t* cu_seqlens = nullptr;  // (batch + 1): first row of each sequence, and their end
   const int32_t* seqused = nullptr;     // (batch): how many rows of each sequence count
+  int packed_rows = 0;                  // of the packed tensor
 
   FA_HOST_DEVICE constexpr Sequence at(int batch, int seqlen) const {
     Sequence sequence = {0, seqlen};

@@ -17,7 +17,7 @@ enum class Pass { kForward, kBackward };
 enum class MaskMode { kFull, kWindow };
 
 // A set of kernels that share an instruction set; see dispatch/kernel_table.h.
-enum class Family { kCpu, kSm80 };
+enum class Family { kCpu, kSm80, kSm90 };
 
 constexpr const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -42,6 +42,8 @@ constexpr const char* name_of(Family family) {
       return "cpu";
     case Family::kSm80:
       return "sm80";
+    case Family::kSm90:
+      return "sm90";
   }
   return "";
 }

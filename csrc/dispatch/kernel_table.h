@@ -33,6 +33,16 @@ struct KernelConfig {
   constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
   constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
 
+  // Hopper: tiles are whole panels of 64 columns; and tiles of q, of which the second is loaded
+  // under the first where there is room.
+  static constexpr int64_t kSm90BarrierBytes = 128;
+  constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
+  constexpr int q_stages() const {
+    constexpr int64_t kRoom = 227 * 1024;
+    const int64_t bytes = int64_t{2} * (2 * tile_m + 4 * tile_n) * smem_cols() + kSm90BarrierBytes;
+    return bytes <= kRoom ? 2 : 1;
+  }
+
   // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v, and
   // where warps share scores, p and two values for each row on their way. Backward: k and v, two
   // each of q, dout and the rows' statistics (float lse and delta), and p and ds on their way from
@@ -42,6 +52,9 @@ struct KernelConfig {
       return 0;
     }
     const int64_t element_bytes = 2;
+    if (family == Family::kSm90) {
+      return (q_stages() * tile_m + 4 * tile_n) * smem_cols() * element_bytes + kSm90BarrierBytes;
+    }
     if (pass == Pass::kForward) {
       const int64_t exchange =
           score_cols() < tile_n
@@ -109,6 +122,18 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kForward,  kFloat16,  512, kWindow,   32,   32,  4, 1},
   {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   16,  4, 1},
   {kSm80, kForward,  kFloat16,  512, kWindow,   32,   16,  4, 1},
+
+  // Not preferred to the rows above until it is measured.
+  {kSm90, kForward,  kBFloat16,  64, kWindow,  192,  128, 16, 1},
+  {kSm90, kForward,  kFloat16,   64, kWindow,  192,  128, 16, 1},
+  {kSm90, kForward,  kBFloat16,  96, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,   96, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 128, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,  128, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 192, kWindow,  128,  112, 12, 1},
+  {kSm90, kForward,  kFloat16,  192, kWindow,  128,  112, 12, 1},
+  {kSm90, kForward,  kBFloat16, 256, kWindow,  128,   80, 12, 1},
+  {kSm90, kForward,  kFloat16,  256, kWindow,  128,   80, 12, 1},
 
   {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   96,  4, 2},
   {kSm80, kBackward, kFloat16,   64, kWindow,   64,   96,  4, 2},

@@ -19,6 +19,7 @@ namespace fa {
 namespace {
 
 constexpr int kOldestSm80Family = 80;
+constexpr int kHopper = 90;
 
 bool has_machine_code(int compute_capability) {
   static const std::vector<std::string> architectures = compiled_architectures();
@@ -78,6 +79,9 @@ Verdict judge(int row, const Problem& problem) {
   if ((config.family != Family::kCpu) != problem.on_cuda) {
     return Verdict::kOtherDevice;
   }
+  if (config.family == Family::kSm90 && problem.device.compute_capability != kHopper) {
+    return Verdict::kOtherGpu;
+  }
   if (problem.on_cuda && !has_machine_code(problem.device.compute_capability)) {
     return Verdict::kNoMachineCode;
   }
@@ -114,6 +118,8 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
       return config.pass == Pass::kForward ? "a forward kernel" : "a backward kernel";
     case Verdict::kOtherDevice:
       return config.family == Family::kCpu ? "for CPU tensors" : "for CUDA tensors";
+    case Verdict::kOtherGpu:
+      return "for GPUs of compute capability 9.0";
     case Verdict::kNoMachineCode:
       return concat("no kernel for sm_", problem.device.compute_capability,
                     "; compiled: ", join(compiled_architectures()));

@@ -24,6 +24,7 @@ enum class Verdict {
   kRuns,
   kOtherPass,
   kOtherDevice,
+  kOtherGpu,
   kNoMachineCode,
   kDtype,
   kHeadDim,

@@ -12,6 +12,14 @@ FA_DEVICE void barrier_sync(int id) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// Counts towards a barrier that other warps wait at: kThreads are those that wait and those that
+// arrive.
+// PTX ISA, "Parallel Synchronization and Communication Instructions: barrier", .arrive.
+template <int kThreads>
+FA_DEVICE void barrier_arrive(int id) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 // Whether the predicate holds in any thread of those that meet.
 // PTX ISA, "Parallel Synchronization and Communication Instructions: barrier", .red.or.pred.
 template <int kThreads>

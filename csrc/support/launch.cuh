@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How every kernel of this library is launched: over the work items of a TileScheduler, on the
-// caller's stream, with the errors checked.
+// How every kernel of this library is launched: over work items, on the caller's stream, with the
+// errors checked.
 #pragma once
 
 #include <atomic>
@@ -50,6 +50,37 @@ void launch(const char* name, const Params& params, TileScheduler scheduler, int
     kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
     check_cuda(cudaGetLastError(), "launch ", name);
   }
+}
+
+// How many multiprocessors the current device has.
+inline int multiprocessors() {
+  static std::atomic<int> known[64];  // by device; devices from 64 on are asked each time
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "tell the current device");
+  if (device < 64 && known[device] != 0) {
+    return known[device];
+  }
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "count the multiprocessors of device ", device);
+  if (device < 64) {
+    known[device] = count;
+  }
+  return count;
+}
+
+// kKernel(arguments...) with a block for each multiprocessor, or for each work item where these are
+// fewer.
+template <auto kKernel, typename... Arguments>
+void launch_persistent(const char* name, int64_t work_items, int threads, size_t smem_bytes,
+                       void* stream, const Arguments&... arguments) {
+  if (work_items == 0) {
+    return;
+  }
+  opt_in_to_smem<kKernel>(smem_bytes);
+  const auto blocks = static_cast<unsigned>(min(work_items, int64_t{multiprocessors()}));
+  kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check_cuda(cudaGetLastError(), "launch ", name);
 }
 
 }  // namespace fa::support

@@ -26,14 +26,13 @@ Wide position(const WorkTile& work, const TileScheduler& scheduler) {
   return (Wide{work.batch} * scheduler.heads + work.head) * scheduler.tiles + work.tile;
 }
 
-using Order = WorkTile (TileScheduler::*)(int64_t) const;
-
-void check_each_visited_once(const TileScheduler& scheduler, Order order) {
+template <typename Order>
+void check_each_visited_once(const TileScheduler& scheduler, const Order& order) {
   const int64_t count = scheduler.count();
   FA_EXPECT_EQ(count, int64_t{scheduler.tiles} * scheduler.heads * scheduler.batch);
   std::vector<int> visits(static_cast<size_t>(count));
   for (int64_t index = 0; index < count; ++index) {
-    const WorkTile work = (scheduler.*order)(index);
+    const WorkTile work = order(index);
     FA_EXPECT(inside(work, scheduler), "index", index);
     if (inside(work, scheduler)) {
       ++visits[static_cast<size_t>(position(work, scheduler))];
@@ -63,6 +62,24 @@ void check_last_first(const TileScheduler& scheduler) {
     FA_EXPECT_EQ(reversed.tile, scheduler.tiles - 1 - work.tile, "index", index);
     FA_EXPECT_EQ(reversed.head, work.head, "index", index);
     FA_EXPECT_EQ(reversed.batch, work.batch, "index", index);
+  }
+}
+
+// A group of heads after the other, in each the last tile of all its heads first.
+void check_last_first_of_group(const TileScheduler& scheduler, int group) {
+  for (int64_t index = 0; index + 1 < scheduler.count(); ++index) {
+    const auto group_of = [&](const WorkTile& work) {
+      return (work.batch * scheduler.heads + work.head) / group;
+    };
+    const WorkTile work = scheduler.last_first_of_group(index, group);
+    const WorkTile next = scheduler.last_first_of_group(index + 1, group);
+    if (group_of(next) == group_of(work)) {
+      FA_EXPECT(next.tile == work.tile || next.tile == work.tile - 1, "index", index);
+    } else {
+      FA_EXPECT_EQ(group_of(next), group_of(work) + 1, "index", index);
+      FA_EXPECT_EQ(work.tile, 0, "index", index);
+      FA_EXPECT_EQ(next.tile, scheduler.tiles - 1, "index", index);
+    }
   }
 }
 
@@ -110,6 +127,10 @@ void check_beyond_32_bits(const TileScheduler& scheduler) {
       const WorkTile work = scheduler.at(index);
       FA_EXPECT(inside(work, scheduler), "index", index);
       FA_EXPECT(position(work, scheduler) == index, "index", index);
+      const WorkTile alone = scheduler.last_first_of_group(index, 1);
+      FA_EXPECT(
+          position({scheduler.tiles - 1 - alone.tile, alone.head, alone.batch}, scheduler) == index,
+          "index", index);
     }
   }
 }
@@ -121,9 +142,16 @@ int main() {
     for (const int heads : {0, 1, 3, 8}) {
       for (const int batch : {0, 1, 2, 5}) {
         const TileScheduler scheduler = {tiles, heads, batch};
-        for (const Order order :
-             {&TileScheduler::at, &TileScheduler::last_first, &TileScheduler::heads_first}) {
-          check_each_visited_once(scheduler, order);
+        check_each_visited_once(scheduler, [&](int64_t index) { return scheduler.at(index); });
+        check_each_visited_once(scheduler,
+                                [&](int64_t index) { return scheduler.last_first(index); });
+        check_each_visited_once(scheduler,
+                                [&](int64_t index) { return scheduler.heads_first(index); });
+        for (const int group : {1, 2, 3, 100}) {
+          check_each_visited_once(scheduler, [&](int64_t index) {
+            return scheduler.last_first_of_group(index, group);
+          });
+          check_last_first_of_group(scheduler, group);
         }
         check_tiles_are_innermost(scheduler);
         check_last_first(scheduler);

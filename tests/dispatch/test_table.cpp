@@ -20,6 +20,7 @@ using namespace fa::table;  // kSm80, kForward, kBFloat16, kWindow, ...
 constexpr int64_t kSmemOptIns[] = {99 * 1024, 163 * 1024, 227 * 1024};
 
 constexpr int kLargestHeadDim = 512;
+constexpr int kLargestHeadDimOfHopper = 256;
 
 struct Choice {
   Family family;
@@ -60,6 +61,10 @@ void check_choices() {
         for (const int64_t smem_opt_in : kSmemOptIns) {
           check({kSm80, pass, kBFloat16, head_dim, full_mask, smem_opt_in});
           check({kSm80, pass, kFloat16, head_dim, full_mask, smem_opt_in});
+        }
+        if (pass == kForward && head_dim <= kLargestHeadDimOfHopper) {
+          check({kSm90, pass, kBFloat16, head_dim, full_mask, kSmemOptIns[2]});
+          check({kSm90, pass, kFloat16, head_dim, full_mask, kSmemOptIns[2]});
         }
         for (const Dtype dtype : {kFloat64, kFloat32, kFloat16, kBFloat16}) {
           check({kCpu, pass, dtype, head_dim, full_mask, 0});
@@ -144,6 +149,7 @@ int main() {
   check_each_row();
   check_fits();
   check_visits<kSm80, 64, 96, 128, 192, 256, 512>();
+  check_visits<kSm90, 64, 96, 128, 192, 256>();
   check_visits<kCpu, kLargestHeadDim>();
   check_registry();
   return fa::test::report("dispatch/test_table");

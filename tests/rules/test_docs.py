@@ -57,7 +57,7 @@ def test_support_tables_choose_as_selection_does(table: ModuleType, pass_name: s
 @pytest.mark.parametrize("text", [README, CSRC_README], ids=["README.md", "csrc/README.md"])
 def test_paths_exist(text: str) -> None:
     folders = (
-        "csrc|flash_attn_cuda|tests|benchmarks|common|ptx|device|sm80|support|cpu|dispatch|api"
+        "csrc|flash_attn_cuda|tests|benchmarks|common|ptx|device|sm80|sm90|support|cpu|dispatch|api"
     )
     paths = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
     assert paths

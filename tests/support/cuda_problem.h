@@ -82,6 +82,7 @@ class Rows {
       per_entry_ = cu_seqlens.back() + kBeyond;
       cu_seqlens_.upload(cu_seqlens);
       device_.cu_seqlens = cu_seqlens_.data();
+      device_.packed_rows = per_entry_;
     }
     if (!used.empty()) {
       seqused_.upload({used.begin(), used.end()});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every sm80 row of the kernel table, through the registry, against a naive reference in double, on
+// Every CUDA row of the kernel table, through the registry, against a naive reference in double, on
 // the cases of tests/support/cuda_cases.h. Prints a line per row, a line per failure and a summary.
 // Returns 0 if all hold, 1 if one does not, 77 without a GPU. Arguments, in any order:
 //   --small       only the small cases, for a checker that slows kernels down
@@ -230,7 +230,9 @@ std::vector<int> select_rows(const Options& options, const CudaDevice& device) {
   for (int row = 0; row < kNumRows; ++row) {
     const KernelConfig& config = table::kRows[row];
     const std::string name = config.name();
-    if (config.family != Family::kSm80 || name.find(options.filter) == std::string::npos) {
+    const bool other_gpu = config.family == Family::kSm90 && device.compute_capability != 90;
+    if (config.family == Family::kCpu || other_gpu ||
+        name.find(options.filter) == std::string::npos) {
       continue;
     }
     const RegisteredKernel& kernel = registry().kernels[row];
@@ -250,11 +252,11 @@ std::vector<int> select_rows(const Options& options, const CudaDevice& device) {
   return rows;
 }
 
-// Every head_dim of the sm80 family, ascending.
+// Every head_dim of the CUDA families, ascending.
 std::vector<int> head_dims() {
   std::vector<int> result;
   for (const KernelConfig& config : table::kRows) {
-    if (config.family == Family::kSm80) {
+    if (config.family != Family::kCpu) {
       result.push_back(config.head_dim);
     }
   }

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Tiles that pass from a producer to consumers through a ring of stages in shared memory. Each
+// stage has two mbarriers: `full` completes when its tile has arrived, `empty` when all consumers
+// have released it. Both sides walk the ring alike, each with a position of its own.
+#pragma once
+
+#include "ptx/mbarrier.cuh"
+
+namespace fa::device {
+
+template <int kStages>
+struct Ring {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+
+  // By one thread.
+  FA_DEVICE void init(int releases) {
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(full[stage], 1);
+      ptx::mbarrier_init(empty[stage], releases);
+    }
+  }
+};
+
+template <int kStages>
+class RingPosition {
+ public:
+  FA_DEVICE int stage() const { return static_cast<int>(passed_ % kStages); }
+  FA_DEVICE void advance() { ++passed_; }
+
+  // Producer: until the stage is free, which it is in the first round.
+  FA_DEVICE void wait_empty(Ring<kStages>& s_ring) const {
+    ptx::mbarrier_wait(s_ring.empty[stage()], parity() ^ 1);
+  }
+
+  // Producer, by one thread: the barrier to copy so many bytes to.
+  FA_DEVICE uint64_t& expect(Ring<kStages>& s_ring, int bytes) const {
+    ptx::mbarrier_arrive_expecting(s_ring.full[stage()], bytes);
+    return s_ring.full[stage()];
+  }
+
+  // Consumer: until the tile has arrived.
+  FA_DEVICE void wait(Ring<kStages>& s_ring) const {
+    ptx::mbarrier_wait(s_ring.full[stage()], parity());
+  }
+
+  // Consumer, by all lanes of each warp.
+  FA_DEVICE void release(Ring<kStages>& s_ring) const {
+    if (ptx::lane_index() == 0) {
+      ptx::mbarrier_arrive(s_ring.empty[stage()]);
+    }
+  }
+
+ private:
+  FA_DEVICE uint32_t parity() const { return passed_ / kStages % 2; }
+
+  uint32_t passed_ = 0;  // stages; wraps around where the number of stages is a power of two
+  static_assert((kStages & (kStages - 1)) == 0);
+};
+
+}  // namespace fa::device

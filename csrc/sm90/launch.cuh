@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From a row of the kernel table to a launch on a stream, and the registration of both.
+#pragma once
+
+#include "common/math.h"
+#include "dispatch/registry.h"
+#include "sm90/fwd_kernel.cuh"
+#include "sm90/tensor_map.h"
+#include "support/launch.cuh"
+#include "support/resources.h"
+
+namespace fa::sm90 {
+
+// Heads whose tiles are taken together: as many as have their keys and values in part of L2.
+inline int head_group(const Shape& shape, int tiles) {
+  constexpr int64_t kBytes = 16 << 20;
+  constexpr int64_t kMostItems = 1 << 30;
+  const int64_t bytes_of_head = int64_t{2} * 2 * shape.seqlen_k * shape.head_dim;
+  const int64_t heads_kv = max(kBytes / max(bytes_of_head, int64_t{1}), int64_t{1});
+  const int64_t heads = min(heads_kv * shape.group_size(), int64_t{shape.num_heads} * shape.batch);
+  return static_cast<int>(max(min(heads, kMostItems / max(tiles, 1)), int64_t{1}));
+}
+
+template <typename Traits>
+FwdTensorMaps tensor_maps(const FwdParams& params) {
+  const Shape& shape = params.shape;
+  const auto map = [&](const TensorView& view, const Sequences& sequences, int seqlen, int heads,
+                       int box_rows) {
+    const bool packed = sequences.cu_seqlens != nullptr;
+    return make_tensor_map({.view = view,
+                            .dtype = Traits::kConfig.dtype,
+                            .batch = packed ? 1 : shape.batch,
+                            .heads = heads,
+                            .rows = packed ? sequences.packed_rows : seqlen,
+                            .cols = shape.head_dim,
+                            .box_rows = box_rows});
+  };
+  const auto queries = [&](const TensorView& view, int box_rows) {
+    return map(view, params.queries, shape.seqlen_q, shape.num_heads, box_rows);
+  };
+  const auto keys = [&](const TensorView& view) {
+    return map(view, params.keys, shape.seqlen_k, shape.num_heads_kv, Traits::kTileN);
+  };
+  return {queries(params.q, Traits::kTileM), keys(params.k), keys(params.v),
+          queries(params.out, device::kBlockRows)};
+}
+
+template <typename Traits>
+void launch_forward(const FwdParams& params, const LaunchContext& context) {
+  const Shape& shape = params.shape;
+  const int tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
+  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, head_group(shape, tiles)};
+  support::launch_persistent<flash_fwd_sm90<Traits>>(
+      "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),
+      schedule);
+}
+
+template <typename Traits>
+KernelResources forward_resources() {
+  return support::resources_of(flash_fwd_sm90<Traits>, sizeof(typename Traits::SharedMemory));
+}
+
+// Registers every row of the table with this pass and head_dim when the library is loaded.
+template <Pass kPass, int kHeadDim>
+struct Registration {
+  Registration() { for_each_row<Family::kSm90, kPass, kHeadDim>(*this); }
+
+  template <int kRow>
+  void operator()() const {
+    RegisteredKernel& kernel = registry().kernels[kRow];
+    kernel.forward = launch_forward<FwdTraits<kRow>>;
+    kernel.resources = forward_resources<FwdTraits<kRow>>;
+  }
+};
+
+}  // namespace fa::sm90

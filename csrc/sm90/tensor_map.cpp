@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "sm90/tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+#include "common/math.h"
+#include "support/cuda_check.h"
+
+namespace fa::sm90 {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, looked up so that nothing needs to link against the driver.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  constexpr unsigned kCudaVersion = 12000;
+  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kCudaVersion,
+                                              cudaEnableDefault, &result),
+             "find cuTensorMapEncodeTiled in the driver");
+  check(result == cudaDriverEntryPointSuccess, ErrorKind::kRuntime,
+        "the CUDA driver has no cuTensorMapEncodeTiled: update the driver");
+  return reinterpret_cast<Encode>(function);
+}
+
+}  // namespace
+
+CUtensorMap make_tensor_map(const TensorMapRequest& request) {
+  static const Encode encode = find_encode();
+  constexpr int kRank = 4;
+  constexpr cuuint64_t kElementBytes = 2;
+  const auto extent = [](int size) { return static_cast<cuuint64_t>(max(size, 1)); };
+  // The stride of a dimension of size 1 is never used, but must be legal.
+  const auto bytes = [&](int64_t stride, int size) {
+    return size > 1 ? kElementBytes * static_cast<cuuint64_t>(stride) : cuuint64_t{16};
+  };
+  const cuuint64_t sizes[kRank] = {extent(request.cols), extent(request.rows),
+                                   extent(request.heads), extent(request.batch)};
+  const cuuint64_t strides[kRank - 1] = {bytes(request.view.row_stride, request.rows),
+                                         bytes(request.view.head_stride, request.heads),
+                                         bytes(request.view.batch_stride, request.batch)};
+  const cuuint32_t box[kRank] = {64, static_cast<cuuint32_t>(request.box_rows), 1, 1};
+  const cuuint32_t element_strides[kRank] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status =
+      encode(&map,
+             request.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+             kRank, request.view.data, sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(status == CUDA_SUCCESS, ErrorKind::kRuntime,
+        "CUDA could not describe a tensor to TMA: error ", static_cast<int>(status));
+  return map;
+}
+
+}  // namespace fa::sm90

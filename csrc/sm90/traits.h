@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A row of the kernel table as types and constants. Included by CUDA sources only.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "device/pipeline.cuh"
+#include "device/smem.cuh"
+#include "device/warpgroup_mma.cuh"
+#include "dispatch/kernel_table.h"
+
+namespace fa::sm90 {
+
+// Of the tiles of keys and of values, one is loaded while the other is used.
+inline constexpr int kStages = 2;
+
+template <int kRow>
+struct FwdTraits {
+  static constexpr KernelConfig kConfig = table::kRows[kRow];
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kTileM = kConfig.tile_m;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kThreads = kConfig.threads();
+  static constexpr int kQStages = kConfig.q_stages();
+
+  // One warpgroup loads, the others compute, 64 rows of queries each.
+  static constexpr int kMathWarpgroups = kThreads / device::kWarpgroupThreads - 1;
+  static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static_assert(kTileM == kMathWarpgroups * device::kWarpgroupRows);
+  // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
+  static constexpr int kProducerRegisters = kMathWarpgroups == 3 ? 32 : 24;
+  static constexpr int kMathRegisters = kMathWarpgroups == 3 ? 160 : 240;
+
+  static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
+  using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
+
+  template <int kRows>
+  using Rows = device::SmemTile<Element, kRows, kConfig.smem_cols()>;
+
+  using Scores = device::Accumulator<device::kBlockRows, kTileN>;
+  using Out = device::Accumulator<device::kBlockRows, kHeadDim>;
+  using Probabilities = device::OperandA<Element, device::kBlockRows, kTileN>;
+
+  // Tiles come first: their swizzle wants addresses that are multiples of 1024.
+  struct SharedMemory {
+    Rows<kTileM> q[kQStages];  // and then the same queries' out
+    Rows<kTileN> k[kStages];
+    Rows<kTileN> v[kStages];
+    alignas(128) device::Ring<kQStages> q_ring;
+    device::Ring<kStages> k_ring;
+    device::Ring<kStages> v_ring;
+  };
+  static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);
+  static_assert(sizeof(SharedMemory) == kConfig.smem_bytes());
+};
+
+}  // namespace fa::sm90
