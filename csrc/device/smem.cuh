@@ -139,9 +139,14 @@ struct SmemTile {
 // The dynamic shared memory of the block as the struct that lays it out.
 template <typename Plan>
 FA_DEVICE Plan& shared_memory() {
-  extern __shared__ __align__(1024) unsigned char s_memory[];
-  static_assert(alignof(Plan) <= 1024);
-  return *reinterpret_cast<Plan*>(s_memory);
+  if constexpr (alignof(Plan) <= 128) {
+    extern __shared__ __align__(128) unsigned char s_memory[];
+    return *reinterpret_cast<Plan*>(s_memory);
+  } else {
+    extern __shared__ __align__(1024) unsigned char s_aligned_memory[];
+    static_assert(alignof(Plan) == 1024);
+    return *reinterpret_cast<Plan*>(s_aligned_memory);
+  }
 }
 
 }  // namespace fa::device

@@ -33,9 +33,9 @@ struct KernelConfig {
   constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
   constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
 
-  // Hopper: tiles are whole panels of 64 columns; and tiles of q, of which the second is loaded
-  // under the first where there is room.
-  static constexpr int64_t kSm90BarrierBytes = 128;
+  // Hopper: barriers; the columns of a tile, whole panels of 64; and how many tiles of q there are,
+  // two where there is room, so that the next is loaded under this one.
+  static constexpr int64_t kSm90BarrierBytes = 1024;
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
   constexpr int q_stages() const {
     constexpr int64_t kRoom = 227 * 1024;

@@ -42,14 +42,17 @@ CUtensorMap make_tensor_map(const TensorMapRequest& request) {
                                          bytes(request.view.batch_stride, request.batch)};
   const cuuint32_t box[kRank] = {64, static_cast<cuuint32_t>(request.box_rows), 1, 1};
   const cuuint32_t element_strides[kRank] = {1, 1, 1, 1};
+  // Of an empty tensor no box is ever asked for, but the address must not be null.
+  alignas(16) static char nothing[16];
+  void* data = request.rows > 0 ? request.view.data : nothing;
   CUtensorMap map;
   const CUresult status =
       encode(&map,
              request.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             kRank, request.view.data, sizes, strides, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             kRank, data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(status == CUDA_SUCCESS, ErrorKind::kRuntime,
         "CUDA could not describe a tensor to TMA: error ", static_cast<int>(status));
   return map;

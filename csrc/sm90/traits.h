@@ -44,12 +44,12 @@ struct FwdTraits {
   using Out = device::Accumulator<device::kBlockRows, kHeadDim>;
   using Probabilities = device::OperandA<Element, device::kBlockRows, kTileN>;
 
-  // Tiles come first: their swizzle wants addresses that are multiples of 1024.
-  struct SharedMemory {
+  // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
+  struct alignas(1024) SharedMemory {
     Rows<kTileM> q[kQStages];  // and then the same queries' out
     Rows<kTileN> k[kStages];
     Rows<kTileN> v[kStages];
-    alignas(128) device::Ring<kQStages> q_ring;
+    device::Ring<kQStages> q_ring;
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
   };
