@@ -396,6 +396,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) {
+      ptx::prefetch_tensor_map(map);
+    }
     s.q_ring.init(Traits::kMathWarps);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);

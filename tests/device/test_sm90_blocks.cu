@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The blocks of csrc/device and csrc/ptx under sm90, each against a loop on the host. Prints a line
+// per check; returns 0 if all hold, 1 if one does not, 77 without a GPU of compute capability 9.0.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <type_traits>
+
+#include "device/convert.cuh"
+#include "device/pipeline.cuh"
+#include "device/warpgroup_mma.cuh"
+#include "ptx/tma.cuh"
+#include "sm90/tensor_map.h"
+#include "tests/support/cuda_blocks.h"
+
+namespace {
+
+using namespace fa;
+using namespace fa::test;
+using device::SmemTile;
+
+template <typename Element>
+constexpr Dtype kDtypeOf = std::is_same_v<Element, __half> ? Dtype::kFloat16 : Dtype::kBFloat16;
+
+// A contiguous (rows, cols) matrix as one head of a tensor.
+template <typename Element>
+CUtensorMap map_of(const Managed<Element>& matrix, int rows, int cols, int box_rows) {
+  const TensorView view = {matrix.data, int64_t{rows} * cols, cols, cols};
+  return sm90::make_tensor_map({view, kDtypeOf<Element>, 1, 1, rows, cols, box_rows});
+}
+
+// By one thread: all panels of a tile from (row, 0) on.
+template <typename Tile>
+__device__ void load(Tile& s_tile, const CUtensorMap& map, int row, uint64_t& s_barrier) {
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::tma_load(s_tile.elements + panel * Tile::kRows * Tile::kPanelCols, &map,
+                  {panel * Tile::kPanelCols, row, 0, 0}, s_barrier);
+  }
+}
+
+// --- TMA ---
+
+template <typename Tile>
+struct alignas(1024) TmaMemory {
+  Tile tile;
+  device::Ring<1> ring;
+};
+
+// Loads the tile at first_row and stores what it holds, as TMA laid it out, and then by TMA into
+// `out`, from 16 rows on.
+template <typename Element, typename Tile>
+__global__ void tma_kernel(const __grid_constant__ CUtensorMap in,
+                           const __grid_constant__ CUtensorMap out, int first_row,
+                           Element* g_tile) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  auto& s = device::shared_memory<TmaMemory<Tile>>();
+  if (threadIdx.x == 0) {
+    s.ring.init(1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const device::RingPosition<1> at;
+  if (threadIdx.x == 0) {
+    at.wait_empty(s.ring);
+    load(s.tile, in, first_row, at.expect(s.ring, sizeof(Tile)));
+  }
+  at.wait(s.ring);
+  dump_tile(s.tile, g_tile);
+  if (threadIdx.x == 0) {
+    ptx::tma_store(&out, {0, 16, 0, 0}, s.tile.elements);
+    ptx::tma_commit();
+    ptx::tma_wait();
+  }
+#endif
+}
+
+template <typename Element, int kRows, int kCols>
+void test_tma(int rows, int cols, int first_row) {
+  using Tile = SmemTile<Element, kRows, kCols>;
+  Managed<Element> in(int64_t{rows} * cols);
+  Managed<Element> tile(kRows * kCols, Element(kUntouched));
+  Managed<Element> out(int64_t{rows} * cols, Element(kUntouched));
+  fill(in, 3);
+  run<tma_kernel<Element, Tile>>(1, 128, sizeof(TmaMemory<Tile>), map_of(in, rows, cols, kRows),
+                                 map_of(out, rows, cols, kRows), first_row, tile.data);
+  const auto source = [&](int row, int col) {
+    return row < rows && col < cols ? static_cast<float>(in[row * cols + col]) : 0.0f;
+  };
+  const std::string name = shape_name(kRows, kCols) + " of " + shape_name(rows, cols);
+  expect(
+      "tma_load " + name, kRows, kCols, 0,
+      [&](int r, int c) { return static_cast<float>(tile[r * kCols + c]); },
+      [&](int r, int c) { return source(first_row + r, c); });
+  expect(
+      "tma_store " + name, rows, cols, 0,
+      [&](int r, int c) { return static_cast<float>(out[r * cols + c]); },
+      [&](int r, int c) {
+        const bool stored = 16 <= r && r < 16 + kRows && c < Tile::kPanelCols;
+        return stored ? source(first_row + r - 16, c) : kUntouched;
+      });
+}
+
+// --- wgmma ---
+
+template <typename A, typename B>
+struct alignas(1024) ProductMemory {
+  A a;
+  B b;
+};
+
+template <typename Element, int kCols, int kTileCols, int kDepth>
+__global__ void abt_kernel(const Element* g_a, const Element* g_b, float* g_sum) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using A = SmemTile<Element, 2 * device::kWarpgroupRows, kTileCols>;
+  using B = SmemTile<Element, kCols, kTileCols>;
+  auto& s = device::shared_memory<ProductMemory<A, B>>();
+  fill_tile(s.a, g_a);
+  fill_tile(s.b, g_b);
+  ptx::fence_async_proxy();
+  __syncthreads();
+  device::Accumulator<device::kBlockRows, kCols> r_sum;
+  ptx::wgmma_fence();
+  device::issue_abt<kDepth>(r_sum, s.a, device::kWarpgroupRows, s.b);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_pin(r_sum.r[0]);
+  dump(r_sum, g_sum, kCols, ptx::warp_index() * device::kBlockRows, 0);
+#endif
+}
+
+// The second 64 rows of a, the first kDepth columns of tiles of kTileCols.
+template <typename Element, int kCols, int kTileCols, int kDepth>
+void test_abt() {
+  constexpr int kRows = device::kWarpgroupRows;
+  using A = SmemTile<Element, 2 * kRows, kTileCols>;
+  using B = SmemTile<Element, kCols, kTileCols>;
+  Managed<Element> a(2 * kRows * kTileCols);
+  Managed<Element> b(kCols * kTileCols);
+  Managed<float> sum(kRows * kCols, kUntouched);
+  fill(a, 1);
+  fill(b, 2);
+  run<abt_kernel<Element, kCols, kTileCols, kDepth>>(
+      1, device::kWarpgroupThreads, sizeof(ProductMemory<A, B>), a.data, b.data, sum.data);
+  expect(
+      "issue_abt " + shape_name(kRows, kCols) + " depth " + std::to_string(kDepth), kRows, kCols, 0,
+      [&](int r, int c) { return sum[r * kCols + c]; },
+      [&](int r, int c) {
+        float expected = 0.0f;
+        for (int i = 0; i < kDepth; ++i) {
+          expected += static_cast<float>(a[(kRows + r) * kTileCols + i]) *
+                      static_cast<float>(b[c * kTileCols + i]);
+        }
+        return expected;
+      });
+}
+
+template <typename Element, int kDepth, int kTileCols, int kCols>
+__global__ void ab_kernel(const float* g_a, const Element* g_b, float* g_sum) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using B = SmemTile<Element, kDepth, kTileCols>;
+  auto& s = device::shared_memory<ProductMemory<B, B>>();
+  fill_tile(s.b, g_b);
+  ptx::fence_async_proxy();
+  __syncthreads();
+  const int row = ptx::warp_index() * device::kBlockRows;
+  device::Accumulator<device::kBlockRows, kDepth> r_a;
+  r_a.transform([&](float, int i, int block, int j) {
+    return g_a[(row + r_a.row(i)) * kDepth + r_a.col(block, j)];
+  });
+  const auto r_operand = device::to_operand<Element>(r_a);
+  device::Accumulator<device::kBlockRows, kCols> r_sum;
+  r_sum.clear();
+  for (int time = 0; time < 2; ++time) {
+    ptx::wgmma_fence();
+    device::issue_ab(r_sum, r_operand, s.b, true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(r_sum.r[0]);
+  }
+  dump(r_sum, g_sum, kCols, row, 0);
+#endif
+}
+
+// Twice a b, where a comes from accumulators and b has more columns than the product.
+template <typename Element, int kDepth, int kTileCols, int kCols>
+void test_ab() {
+  constexpr int kRows = device::kWarpgroupRows;
+  using B = SmemTile<Element, kDepth, kTileCols>;
+  Managed<float> a(kRows * kDepth);
+  Managed<Element> b(kDepth * kTileCols);
+  Managed<float> sum(kRows * kCols, kUntouched);
+  fill(a, 4);
+  fill(b, 5);
+  run<ab_kernel<Element, kDepth, kTileCols, kCols>>(
+      1, device::kWarpgroupThreads, sizeof(ProductMemory<B, B>), a.data, b.data, sum.data);
+  expect(
+      "issue_ab " + shape_name(kRows, kCols) + " depth " + std::to_string(kDepth), kRows, kCols, 0,
+      [&](int r, int c) { return sum[r * kCols + c]; },
+      [&](int r, int c) {
+        float expected = 0.0f;
+        for (int i = 0; i < kDepth; ++i) {
+          expected += 2.0f * a[r * kDepth + i] * static_cast<float>(b[i * kTileCols + c]);
+        }
+        return expected;
+      });
+}
+
+// --- the ring ---
+
+struct RingMemory {
+  device::Ring<4> ring;
+  int numbers[4];
+};
+
+// A producer warp hands numbers to three consumer warps, which add them up.
+__global__ void ring_kernel(int count, int* g_sums) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kConsumers = 3;
+  auto& s = device::shared_memory<RingMemory>();
+  if (threadIdx.x == 0) {
+    s.ring.init(kConsumers);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  device::RingPosition<4> at;
+  int sum = 0;
+  for (int i = 0; i < count; ++i) {
+    if (ptx::warp_index() == 0) {
+      at.wait_empty(s.ring);
+      if (ptx::lane_index() == 0) {
+        s.numbers[at.stage()] = i;
+        at.expect(s.ring, 0);
+      }
+      __syncwarp();
+    } else {
+      at.wait(s.ring);
+      sum += s.numbers[at.stage()];
+      __syncwarp();
+      at.release(s.ring);
+    }
+    at.advance();
+  }
+  g_sums[threadIdx.x] = sum;
+#endif
+}
+
+void test_ring() {
+  constexpr int kCount = 1001;
+  Managed<int> sums(128, -1);
+  run<ring_kernel>(1, 128, sizeof(RingMemory), kCount, sums.data);
+  expect(
+      "Ring", 1, 128, 0, [&](int, int thread) { return sums[thread]; },
+      [](int, int thread) { return thread < ptx::kWarpSize ? 0 : kCount * (kCount - 1) / 2; });
+}
+
+template <typename Element>
+void test_element(const char* name) {
+  std::printf("%s\n", name);
+  test_tma<Element, 128, 64>(300, 64, 0);
+  test_tma<Element, 128, 128>(200, 128, 128);  // rows past the end
+  test_tma<Element, 64, 128>(96, 80, 8);       // columns past the end
+  test_tma<Element, 80, 256>(96, 200, 0);      // a panel past the end
+  test_tma<Element, 128, 64>(20, 40, 32);      // nothing but zeros
+  test_abt<Element, 128, 64, 64>();
+  test_abt<Element, 128, 128, 96>();
+  test_abt<Element, 128, 128, 128>();
+  test_abt<Element, 176, 128, 128>();
+  test_abt<Element, 112, 192, 192>();
+  test_abt<Element, 80, 256, 256>();
+  test_abt<Element, 96, 256, 256>();
+  test_ab<Element, 128, 64, 64>();
+  test_ab<Element, 128, 128, 96>();
+  test_ab<Element, 128, 128, 128>();
+  test_ab<Element, 176, 128, 128>();
+  test_ab<Element, 112, 192, 192>();
+  test_ab<Element, 80, 256, 256>();
+}
+
+}  // namespace
+
+int main() {
+  int devices = 0;
+  int major = 0;
+  int minor = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) != cudaSuccess ||
+      major != 9 || minor != 0) {
+    std::printf("skipped: no GPU of compute capability 9.0\n");
+    return 77;
+  }
+  try {
+    test_ring();
+    test_element<__nv_bfloat16>("bfloat16");
+    test_element<__half>("float16");
+  } catch (const std::exception& error) {
+    std::printf("FAILED %s\n", error.what());
+    return 1;
+  }
+  std::printf("%d failed\n", failures());
+  return failures() == 0 ? 0 : 1;
+}
