@@ -4,6 +4,7 @@
 python benchmarks/bench.py --out dense.csv && python benchmarks/report.py dense.csv
 python benchmarks/bench.py --device cpu --seqlens 512
 python benchmarks/bench.py --suites host memory --providers flash_attn_cuda sdpa_flash
+python benchmarks/bench.py --head-dims 128 --heads 32 --heads-kv 8 --causal yes
 
 dense   time on the device of the forward pass without gradients and of the backward pass alone;
         batch is tokens / seqlen, heads are hidden / head_dim
@@ -67,6 +68,7 @@ class Case:
     seqlen: int
     batch: int
     heads: int
+    heads_kv: int
     causal: bool
     provider: str = ""
 
@@ -87,22 +89,29 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 def problems(options: argparse.Namespace) -> Iterator[Case]:
     for suite in options.suites:
         if suite == "host":
-            yield from (Case(suite, name, 64, 128, 1, 8, True) for name in HOST_PASSES)
+            yield from (Case(suite, name, 64, 128, 1, 8, 8, True) for name in HOST_PASSES)
             continue
         names = options.passes if suite == "dense" else ["fwd_bwd"]
         for head_dim, seqlen in itertools.product(options.head_dims, options.seqlens):
             batch = max(1, options.tokens // seqlen) if suite == "dense" else 1
-            heads = options.hidden // head_dim
+            heads = options.heads or options.hidden // head_dim
+            heads_kv = options.heads_kv or heads
             for causal, name in itertools.product(options.causal, names):
-                yield Case(suite, name, head_dim, seqlen, batch, heads, causal == "yes")
+                yield Case(suite, name, head_dim, seqlen, batch, heads, heads_kv, causal == "yes")
 
 
 @lru_cache(maxsize=1)
-def tensors(shape: tuple[int, ...], device: str, dtype: str) -> tuple[Tensor, ...]:
+def tensors(
+    shape: tuple[int, int, int, int], heads_kv: int, device: str, dtype: str
+) -> tuple[Tensor, ...]:
     """q, k, v and the gradient of the output, (batch, seqlen, heads, head_dim) each."""
     generator = torch.Generator(device).manual_seed(0)
     draw = {"generator": generator, "device": device, "dtype": getattr(torch, dtype)}
-    return tuple(torch.randn(shape, **draw) for _ in range(4))
+    batch, seqlen, heads, head_dim = shape
+    return tuple(
+        torch.randn((batch, seqlen, n, head_dim), **draw)
+        for n in (heads, heads_kv, heads_kv, heads)
+    )
 
 
 def row(case: Case, options: argparse.Namespace) -> dict[str, object]:
@@ -113,7 +122,7 @@ def row(case: Case, options: argparse.Namespace) -> dict[str, object]:
         "seqlen": case.seqlen,
         "batch": case.batch,
         "heads": case.heads,
-        "heads_kv": case.heads,
+        "heads_kv": case.heads_kv,
         "causal": "yes" if case.causal else "no",
         "dtype": options.dtype,
         "provider": case.provider,
@@ -145,7 +154,8 @@ def reason(error: Exception, told: list[str]) -> str:
 def measure(case: Case, options: argparse.Namespace) -> dict[str, object]:
     provider = providers.load(case.provider)
     shape = (case.batch, case.seqlen, case.heads, case.head_dim)
-    *qkv, dout = map(provider.view, tensors(shape, options.device, options.dtype))
+    made = tensors(shape, case.heads_kv, options.device, options.dtype)
+    *qkv, dout = map(provider.view, made)
     with_grad = case.pass_name != "fwd"
     q, k, v = (x.requires_grad_(with_grad) for x in qkv)
 
@@ -228,6 +238,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--passes", nargs="+", choices=("fwd", "bwd"), default=["fwd", "bwd"], help="of dense")
     add("--tokens", type=int, help="batch * seqlen; default: 16384 on CUDA, 2048 on the CPU")
     add("--hidden", type=int, help="heads * head_dim; default: 2048 on CUDA, 512 on the CPU")
+    add("--heads", type=int, help="default: hidden / head_dim")
+    add("--heads-kv", type=int, help="heads of k and v; default: as many as of q")
     add("--providers", nargs="+", choices=providers.NAMES, help="default: all that are installed")
     add("--eager-max-seqlen", type=int, default=sys.maxsize, help="longest that eager gets")
     regimes = "burst: 0.1 s a row and provider; sustained: 1 s, the GPU at its power limit"
@@ -239,7 +251,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.providers = options.providers or providers.present()
-    if any(options.hidden % head_dim for head_dim in options.head_dims):
+    if not options.heads and any(options.hidden % head_dim for head_dim in options.head_dims):
         parser.error(f"--hidden {options.hidden} is no multiple of every head_dim")
     return options
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,9 +46,27 @@ def _seqlen_first(module: str, function: str = "flash_attn_func", **options: Any
 
 def _sdpa(backend: SDPBackend) -> Provider:
     def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=causal)
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     return Provider(call, heads_first=True, context=partial(sdpa_kernel, backend))
+
+
+def _flex() -> Provider:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    @cache
+    def causal_mask(seqlen: int, device: torch.device) -> Any:
+        sees = lambda batch, head, query, key: query >= key  # noqa: E731
+        return create_block_mask(sees, None, None, seqlen, seqlen, device=str(device))
+
+    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        mask = causal_mask(q.shape[2], q.device) if causal else None
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return Provider(call, heads_first=True)
 
 
 _MAKERS: dict[str, Callable[[], Provider]] = {
@@ -56,18 +75,25 @@ _MAKERS: dict[str, Callable[[], Provider]] = {
     "sdpa_flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "flex": _flex,
     "eager": partial(_seqlen_first, "flash_attn_cuda.reference", "standard_attention"),
     "flash_attn": partial(_seqlen_first, "flash_attn"),
     "flash_attn_interface": partial(_seqlen_first, "flash_attn_interface"),
+    "flash_attn.cute": partial(_seqlen_first, "flash_attn.cute"),
 }
-_OPTIONAL = ("flash_attn", "flash_attn_interface")
+_OPTIONAL = ("flash_attn", "flash_attn_interface", "flash_attn.cute")
 
 NAMES = tuple(_MAKERS)
 
 
 def present() -> list[str]:
     """All but the packages that are not installed."""
-    return [name for name in NAMES if name not in _OPTIONAL or find_spec(name) is not None]
+    return [name for name in NAMES if name not in _OPTIONAL or _installed(name)]
+
+
+def _installed(module: str) -> bool:
+    package = module.partition(".")[0]
+    return find_spec(package) is not None and find_spec(module) is not None
 
 
 @cache

@@ -16,6 +16,7 @@ Row = dict[str, str]
 Values = dict[str, float]  # by provider
 
 OURS = "flash_attn_cuda"
+OWN = (OURS, "deterministic")
 # suite -> column, its unit, factor to that unit, whether more is better
 METRICS = {
     "dense": ("tflops", "TFLOP/s", 1.0, True),
@@ -40,10 +41,12 @@ def place(row: Row) -> tuple[int, int, str, int]:
 
 def ratio(values: Values, reference: str, more_is_better: bool) -> float | None:
     """Ours over the reference; the reference "best" is the best of the others."""
-    others = [x for name, x in values.items() if name != OURS and reference in (name, "best")]
-    if OURS not in values or not others:
+    peers = {name: x for name, x in values.items() if name not in OWN}
+    others = list(peers.values()) if reference == "best" else [values.get(reference)]
+    measured = [x for x in others if x is not None]
+    if OURS not in values or not measured:
         return None
-    return values[OURS] / (max(others) if more_is_better else min(others))
+    return values[OURS] / (max(measured) if more_is_better else min(measured))
 
 
 def cell(row: Row | None, column: str, factor: float) -> str:

@@ -37,6 +37,13 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("report")
 
 
+@pytest.fixture
+def plot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("plot")
+
+
 def measured(bench: ModuleType, out: Path, *arguments: str) -> list[dict[str, str]]:
     bench.main([*TINY, "--seqlens", "16", "32", "--out", str(out), *arguments])
     with out.open(newline="") as file:
@@ -104,6 +111,52 @@ def test_report_computes_ratios_means_and_the_worst_row(
     assert "Worst: 2.000 at fwd, head_dim 64, causal, 512." in printed
     report.main([str(out), "--reference", "best"])
     assert "| fwd | 64 | yes | 512 | 200 | - | 400 | 100 | 0.500 |" in capsys.readouterr().out
+
+
+def test_heads_may_share_keys_and_values(bench: ModuleType, tmp_path: Path) -> None:
+    names = ("flash_attn_cuda", "deterministic", "sdpa_flash", "eager")
+    arguments = ("--heads", "4", "--heads-kv", "2", "--providers", *names)
+    rows = measured(bench, tmp_path / "gqa.csv", *arguments)
+    assert {(r["heads"], r["heads_kv"]) for r in rows} == {("4", "2")}
+    assert {(r["provider"], r["status"]) for r in rows} == {(name, "ok") for name in names}
+
+
+def test_all_providers_compute_attention(bench: ModuleType) -> None:
+    q, k, v, _ = bench.tensors((1, 24, 4, 16), 2, "cpu", "float32")
+    for causal in (False, True):
+        expected = bench.providers.load("eager").attention(q, k, v, causal)
+        for name in ("flash_attn_cuda", "deterministic", "sdpa_flash"):
+            provider = bench.providers.load(name)
+            out = provider.attention(*map(provider.view, (q, k, v)), causal)
+            torch.testing.assert_close(provider.view(out), expected)
+
+
+def test_plots_show_what_the_csv_holds(plot: ModuleType, tmp_path: Path) -> None:
+    row = {"suite": "dense", "pass": "fwd", "head_dim": "64", "causal": "yes", "status": "ok"}
+    rows = [
+        row | {"seqlen": seqlen, "provider": name, "tflops": tflops, "p50_ms": ms}
+        for seqlen, name, tflops, ms in (
+            *(("1024", "eager", "20", "8"), ("512", "eager", "10", "6")),
+            *(("1024", "flash_attn_cuda", "80", "2"), ("512", "flash_attn_cuda", "30", "2")),
+            ("2048", "flash_attn_cuda", "90", "7"),
+        )
+    ]
+    assert plot.speeds(rows)["flash_attn_cuda"] == [(1024, 80.0), (512, 30.0), (2048, 90.0)]
+    assert plot.speedups(rows) == {"flash_attn_cuda": [(1024, 4.0), (512, 3.0)]}
+    (axes,) = plot.draw(rows, plot.speeds, "TFLOP/s", False).axes
+    assert axes.get_title() == "forward, causal, head_dim 64"
+    ours, standard = axes.get_lines()
+    assert list(ours.get_xdata()) == [512, 1024, 2048]
+    assert list(standard.get_ydata()) == [10, 20]
+
+    path = tmp_path / "made.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows([*rows, rows[0] | {"status": "out of memory", "tflops": ""}])
+    plot.main([str(path), "--out", str(tmp_path / "figures")])
+    drawn = {figure.name for figure in (tmp_path / "figures").iterdir()}
+    assert drawn == {"speed.png", "speedup.png"}  # nothing of memory was measured
 
 
 def test_what_cannot_run_says_why(bench: ModuleType, tmp_path: Path) -> None:

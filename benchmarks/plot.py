@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Draws what bench.py measured: speed by length, speed-up over standard attention, peak memory.
+
+python benchmarks/plot.py dense.csv memory.csv --out figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Row = dict[str, str]
+Points = dict[str, list[tuple[int, float]]]  # by provider: (seqlen, value)
+
+OURS, STANDARD = "flash_attn_cuda", "eager"
+PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward and backward"}
+MASKS = {"no": "full", "yes": "causal"}
+# A provider has one colour in every figure.
+COLOURS = {
+    OURS: "tab:blue",
+    "deterministic": "lightsteelblue",
+    "sdpa_flash": "tab:orange",
+    "sdpa_cudnn": "tab:green",
+    "sdpa_efficient": "tab:purple",
+    "flex": "tab:brown",
+    STANDARD: "tab:gray",
+    "flash_attn": "tab:olive",
+    "flash_attn_interface": "tab:red",
+    "flash_attn.cute": "tab:pink",
+}
+
+
+def read(paths: list[Path]) -> list[Row]:
+    """The rows that were measured."""
+    rows = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["status"] == "ok"]
+    return rows
+
+
+def speeds(rows: list[Row]) -> Points:
+    points: Points = {}
+    for row in rows:
+        points.setdefault(row["provider"], []).append((int(row["seqlen"]), float(row["tflops"])))
+    return points
+
+
+def speedups(rows: list[Row]) -> Points:
+    """Standard attention's time over a provider's."""
+    standard = {row["seqlen"]: float(row["p50_ms"]) for row in rows if row["provider"] == STANDARD}
+    points: Points = {}
+    for row in rows:
+        if row["seqlen"] in standard and row["provider"] != STANDARD:
+            ratio = standard[row["seqlen"]] / float(row["p50_ms"])
+            points.setdefault(row["provider"], []).append((int(row["seqlen"]), ratio))
+    return points
+
+
+def memory(rows: list[Row]) -> Points:
+    points: Points = {}
+    for row in rows:
+        points.setdefault(row["provider"], []).append((int(row["seqlen"]), float(row["peak_mib"])))
+    return points
+
+
+# suite, quantity, unit, logarithmic
+FIGURES: dict[str, tuple[str, Callable[[list[Row]], Points], str, bool]] = {
+    "speed": ("dense", speeds, "TFLOP/s", False),
+    "speedup": ("dense", speedups, "times the speed of standard attention", True),
+    "memory": ("memory", memory, "peak memory, MiB", True),
+}
+
+
+def draw(
+    rows: list[Row], quantity: Callable[[list[Row]], Points], unit: str, logarithmic: bool
+) -> Figure | None:
+    """A line of panels for each pass and mask; None where there is nothing to draw."""
+    measured = {(row["pass"], row["causal"]) for row in rows}
+    lines = [line for line in itertools.product(PASSES, MASKS) if line in measured]
+    head_dims = sorted({int(row["head_dim"]) for row in rows})
+    if not any(quantity(rows).values()):
+        return None
+    figure = Figure(figsize=(4.2 * len(head_dims), 3.2 * len(lines)), layout="constrained")
+    panels = figure.subplots(len(lines), len(head_dims), squeeze=False)
+    for (line, (pass_name, causal)), (col, head_dim) in itertools.product(
+        enumerate(lines), enumerate(head_dims)
+    ):
+        panel = [
+            row
+            for row in rows
+            if (row["pass"], row["causal"], int(row["head_dim"])) == (pass_name, causal, head_dim)
+        ]
+        title = f"{PASSES[pass_name]}, {MASKS[causal]}, head_dim {head_dim}"
+        plot(panels[line][col], quantity(panel), title, unit if col == 0 else "", logarithmic)
+    return figure
+
+
+def plot(axes: Any, points: Points, title: str, unit: str, logarithmic: bool) -> None:
+    for name in sorted(points, key=list(COLOURS).index):
+        axes.plot(*zip(*sorted(points[name]), strict=True), "o-", color=COLOURS[name], label=name)
+    axes.set_xscale("log", base=2)
+    if logarithmic:
+        axes.set_yscale("log", base=2)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(title=title, xlabel="sequence length", ylabel=unit)
+    axes.grid(alpha=0.3)
+    if points:
+        axes.legend(fontsize="small")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("csv", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder; default: this one")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = read(options.csv)
+    for name, (suite, quantity, unit, logarithmic) in FIGURES.items():
+        figure = draw([r for r in rows if r["suite"] == suite], quantity, unit, logarithmic)
+        if figure is not None:
+            figure.savefig(options.out / f"{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
