@@ -4,7 +4,8 @@ word.
 
 Spills, local memory, stack frames and static shared memory fail, and so do ptxas' C75xx messages
 (wgmma serialised, setmaxnreg ignored), which ptxas prints as information only. Prints how many
-registers each kernel takes on each target; a row of the kernel table that does not fit a target's
+registers each kernel takes on each target; the machine code of Hopper's kernels is held to what
+sass.py says; a row of the kernel table that does not fit a target's
 shared memory never runs there, and is left out.
 
     python .ci/check_kernels.py [TARGET ...]
@@ -12,6 +13,7 @@ shared memory never runs there, and is left out.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,7 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import sass
+
 ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = ROOT / ".ci/loop_budget.json"  # kernel -> instructions of its main loop
 TARGETS = {"80": 163, "86": 99, "89": 99, "90a": 227, "120": 99}  # KiB of shared memory of a block
 FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Icsrc", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
 
@@ -65,6 +70,7 @@ class Report:
     target: str
     registers: dict[str, int] = field(default_factory=dict)  # by kernel, the most of its dtypes
     faults: list[str] = field(default_factory=list)
+    loops: dict[str, int | None] = field(default_factory=dict)  # instructions of main loops
 
 
 def nvcc() -> str:
@@ -125,7 +131,22 @@ def compile_source(
             report.registers[kernel.name] = count
     if not report.registers:
         report.faults.append(f"{where}: no kernel was compiled")
+    elif source.parent.name == "sm90":
+        check_machine_code(report, output, rows)
     return report
+
+
+def check_machine_code(report: Report, cubin: Path, rows: list[Row]) -> None:
+    nvdisasm = sass.find_nvdisasm()
+    if nvdisasm is None:
+        report.faults.append("nvdisasm was not found: pip install nvidia-cuda-nvdisasm")
+        return
+    budgets = json.loads(BUDGETS.read_text())
+    for mangled, code in sass.disassemble(nvdisasm, cubin).items():
+        kernel = row_of(mangled, rows)
+        report.loops[kernel.name] = code.main_loop()
+        for fault in sass.faults(code, budgets.get(kernel.name)):
+            report.faults.append(f"sm_{report.target}: {kernel.name} {kernel.dtype}: {fault}")
 
 
 def head_dim(source: Path) -> int:
@@ -160,6 +181,8 @@ def main() -> None:
         reports = [job.result() for job in jobs]
     reports.sort(key=lambda report: targets.index(report.target))
     print_registers(reports, targets)
+    for kernel, length in sorted(loop for report in reports for loop in report.loops.items()):
+        print(f"{kernel}: {length} instructions in its main loop")
     faults = [fault for report in reports for fault in report.faults]
     print(f"check_kernels: {len(sources)} files for {len(targets)} targets, {len(faults)} faults")
     if faults:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the machine code of Hopper's kernels must and must not contain.
+
+A kernel moves tiles by TMA and multiplies by wgmma, so UTMALDG and HGMMA occur in it, and neither
+HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory. Its main
+loop is the shortest that holds HGMMA: the one without masks. How many instructions it has is what
+the warps must issue beside the products, and a budget keeps it from growing unnoticed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REQUIRED = ("HGMMA", "UTMALDG")
+FORBIDDEN = ("HMMA", "LDL", "STL")
+
+SECTION = re.compile(r"^\.text\.(\S+):")
+LABEL = re.compile(r"^(\.L_x_\d+):")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*)")
+TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's instructions, without operands, and its loops as ranges of them."""
+
+    opcodes: list[str]
+    loops: list[range]
+
+    def main_loop(self) -> int | None:
+        """The number of its instructions."""
+        products = ["HGMMA" in self.opcodes[loop.start : loop.stop] for loop in self.loops]
+        return min(map(len, itertools.compress(self.loops, products)), default=None)
+
+
+def find_nvdisasm() -> str | None:
+    """On PATH, or as PyPI's nvidia-cuda-nvdisasm installs it."""
+    folders = Path(sysconfig.get_path("platlib")).glob("nvidia/*/bin")
+    return shutil.which("nvdisasm") or next(
+        (str(folder / "nvdisasm") for folder in folders if (folder / "nvdisasm").exists()), None
+    )
+
+
+def disassemble(nvdisasm: str, cubin: Path) -> dict[str, Code]:
+    command = [nvdisasm, "-c", str(cubin)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(parse(text))
+
+
+def parse(text: str) -> Iterator[tuple[str, Code]]:
+    """Each kernel's mangled name and code, from what nvdisasm -c prints."""
+    name, opcodes, loops, labels = "", [], [], {}
+    for line in text.splitlines():
+        if match := SECTION.match(line):
+            if name:
+                yield name, Code(opcodes, loops)
+            name, opcodes, loops, labels = match[1], [], [], {}
+        elif match := LABEL.match(line):
+            labels[match[1]] = len(opcodes)
+        elif match := INSTRUCTION.match(line):
+            opcodes.append(match[1])
+            target = TARGET.search(match[2])
+            if match[1] == "BRA" and target and target[1] in labels:  # back to a label seen before
+                loops.append(range(labels[target[1]], len(opcodes)))
+    if name:
+        yield name, Code(opcodes, loops)
+
+
+def faults(code: Code, budget: int | None) -> Iterator[str]:
+    for opcode in REQUIRED:
+        if opcode not in code.opcodes:
+            yield f"no {opcode} in its machine code"
+    for opcode in FORBIDDEN:
+        if count := code.opcodes.count(opcode):
+            yield f"{count} {opcode} in its machine code"
+    length = code.main_loop()
+    if budget is None:
+        yield f"no budget in .ci/loop_budget.json for its main loop of {length} instructions"
+    elif length is None or length > budget:
+        yield f"its main loop has {length} instructions, and a budget of {budget}"

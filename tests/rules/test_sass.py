@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The check of Hopper's machine code finds what it looks for, and takes the loop without masks for
+the main one."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+CODE = """
+.text._Z5first:
+        /*0000*/                   UTMALDG.4D [UR8], [UR10] ;
+.L_x_0:
+        /*0010*/                   ISETP.GE.AND P0, PT, R1, R2, PT ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0030*/                   FSEL R1, R2, R3, P0 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA `(.L_x_2) ;
+        /*0070*/               @P2 BRA `(.L_x_3) ;
+        /*0080*/              @!P0 BRA `(.L_x_0) ;
+.L_x_3:
+        /*0090*/                   EXIT ;
+.text._Z6second:
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+.L_x_4:
+        /*0010*/               @P0 LDL R3, [R1+0x8] ;
+        /*0020*/                   BRA `(.L_x_4) ;
+"""
+
+
+@pytest.fixture
+def sass(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / ".ci"))
+    return importlib.import_module("sass")
+
+
+def test_kernels_instructions_and_loops(sass: ModuleType) -> None:
+    kernels = dict(sass.parse(CODE))
+    assert list(kernels) == ["_Z5first", "_Z6second"]
+    first, second = kernels.values()
+    assert first.opcodes[:4] == ["UTMALDG", "ISETP", "HGMMA", "FSEL"]
+    assert [len(loop) for loop in first.loops] == [3, 2, 8]
+    assert first.main_loop() == 2
+    assert second.opcodes == ["HMMA", "LDL", "BRA"]
+    assert second.main_loop() is None
+
+
+def test_faults(sass: ModuleType) -> None:
+    first, second = dict(sass.parse(CODE)).values()
+    assert list(sass.faults(first, 2)) == []
+    assert list(sass.faults(first, 1)) == ["its main loop has 2 instructions, and a budget of 1"]
+    assert list(sass.faults(first, None)) == [
+        "no budget in .ci/loop_budget.json for its main loop of 2 instructions"
+    ]
+    assert list(sass.faults(second, 100)) == [
+        "no HGMMA in its machine code",
+        "no UTMALDG in its machine code",
+        "1 HMMA in its machine code",
+        "1 LDL in its machine code",
+        "its main loop has None instructions, and a budget of 100",
+    ]
