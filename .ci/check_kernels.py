@@ -70,7 +70,7 @@ class Report:
     target: str
     registers: dict[str, int] = field(default_factory=dict)  # by kernel, the most of its dtypes
     faults: list[str] = field(default_factory=list)
-    loops: dict[str, int | None] = field(default_factory=dict)  # instructions of main loops
+    loops: dict[str, int] = field(default_factory=dict)  # instructions of main loops
 
 
 def nvcc() -> str:
@@ -144,7 +144,7 @@ def check_machine_code(report: Report, cubin: Path, rows: list[Row]) -> None:
     budgets = json.loads(BUDGETS.read_text())
     for mangled, code in sass.disassemble(nvdisasm, cubin).items():
         kernel = row_of(mangled, rows)
-        report.loops[kernel.name] = code.main_loop()
+        report.loops[kernel.name] = len(code.main_loop())
         for fault in sass.faults(code, budgets.get(kernel.name)):
             report.faults.append(f"sm_{report.target}: {kernel.name} {kernel.dtype}: {fault}")
 

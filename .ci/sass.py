@@ -4,7 +4,8 @@
 A kernel moves tiles by TMA and multiplies by wgmma, so UTMALDG and HGMMA occur in it, and neither
 HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory. Its main
 loop is the shortest that holds HGMMA: the one without masks. How many instructions it has is what
-the warps must issue beside the products, and a budget keeps it from growing unnoticed.
+the warps must issue beside the products, and a budget keeps it from growing unnoticed. Its
+exponentials (MUFU) run under the products, which is before the last wait for these (WARPGROUP).
 """
 
 from __future__ import annotations
@@ -34,10 +35,9 @@ class Code:
     opcodes: list[str]
     loops: list[range]
 
-    def main_loop(self) -> int | None:
-        """The number of its instructions."""
-        products = ["HGMMA" in self.opcodes[loop.start : loop.stop] for loop in self.loops]
-        return min(map(len, itertools.compress(self.loops, products)), default=None)
+    def main_loop(self) -> list[str]:
+        bodies = (self.opcodes[loop.start : loop.stop] for loop in self.loops)
+        return min((body for body in bodies if "HGMMA" in body), key=len, default=[])
 
 
 def find_nvdisasm() -> str | None:
@@ -80,8 +80,11 @@ def faults(code: Code, budget: int | None) -> Iterator[str]:
     for opcode in FORBIDDEN:
         if count := code.opcodes.count(opcode):
             yield f"{count} {opcode} in its machine code"
-    length = code.main_loop()
+    loop = code.main_loop()
     if budget is None:
-        yield f"no budget in .ci/loop_budget.json for its main loop of {length} instructions"
-    elif length is None or length > budget:
-        yield f"its main loop has {length} instructions, and a budget of {budget}"
+        yield f"no budget in .ci/loop_budget.json for its main loop of {len(loop)} instructions"
+    elif not 0 < len(loop) <= budget:
+        yield f"its main loop has {len(loop)} instructions, and a budget of {budget}"
+    late = list(itertools.takewhile(lambda opcode: opcode != "WARPGROUP", reversed(loop)))
+    if late.count("MUFU") > loop.count("MUFU") // 8:  # those that rescale come after the wait
+        yield f"{late.count('MUFU')} of its {loop.count('MUFU')} exponentials follow the products"

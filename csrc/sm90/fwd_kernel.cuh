@@ -182,9 +182,9 @@ template <typename Tile, typename Element>
 FA_DEVICE void store_rows(const Tile* s_tile, int row, const CUtensorMap& map,
                           const ptx::BoxOrigin& origin,
                           const device::GlobalTile<Element>& destination) {
+  ptx::fence_async_proxy();
+  __syncwarp();
   if (s_tile != nullptr && destination.rows >= device::kBlockRows) {
-    ptx::fence_async_proxy();
-    __syncwarp();
     if (ptx::lane_index() == 0) {
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
@@ -195,7 +195,6 @@ FA_DEVICE void store_rows(const Tile* s_tile, int row, const CUtensorMap& map,
     }
     return;
   }
-  __syncwarp();
   constexpr int kUnits = Tile::kCols / Tile::kUnitElements;
   const int lane = static_cast<int>(ptx::opaque(ptx::lane_index()));
 #pragma unroll 1
@@ -318,9 +317,15 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps, const 
 
     Out r_out;  // not yet normalized
     r_out.clear();
+    // Also the end of a basic block, over which ptxas does not move the wait for out that follows:
+    // it would wait before the exponentials, which are to run under the product.
+    const auto wait_for_keys = [&](int tile) {
+      if (tile >= work.key_tiles.begin) {
+        k_at.wait(s.k_ring);
+      }
+    };
     const auto step = [&](auto masked) {
       Scores r_scores;
-      k_at.wait(s.k_ring);
       turns.begin();
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
@@ -342,6 +347,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps, const 
       softmax.largest(r_scores, largest);
       const bool raised = softmax.raise(largest, rescale);
       softmax.exponentiate(r_scores);
+      wait_for_keys(j - 1);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_out.r[0]);
       v_at.release(s.v_ring);
@@ -351,7 +357,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps, const 
       }
       r_p = device::to_operand<Element>(r_scores);
     };
-    for (--j; j >= work.key_tiles.begin && j >= unmasked.end; --j) {
+    wait_for_keys(--j);
+    for (; j >= work.key_tiles.begin && j >= unmasked.end; --j) {
       step(std::true_type{});
     }
     for (; j >= work.key_tiles.begin && j >= unmasked.begin; --j) {

@@ -77,6 +77,25 @@ __global__ void tma_kernel(const __grid_constant__ CUtensorMap in,
 #endif
 }
 
+// Loads the second head.
+template <typename Element, typename Tile>
+__global__ void shared_head_kernel(const __grid_constant__ CUtensorMap in, Element* g_tile) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  auto& s = device::shared_memory<TmaMemory<Tile>>();
+  if (threadIdx.x == 0) {
+    s.ring.init(1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const device::RingPosition<1> at;
+  if (threadIdx.x == 0) {
+    ptx::tma_load(s.tile.elements, &in, {0, 0, 1, 0}, at.expect(s.ring, sizeof(Tile)));
+  }
+  at.wait(s.ring);
+  dump_tile(s.tile, g_tile);
+#endif
+}
+
 template <typename Element, int kRows, int kCols>
 void test_tma(int rows, int cols, int first_row) {
   using Tile = SmemTile<Element, kRows, kCols>;
@@ -101,6 +120,22 @@ void test_tma(int rows, int cols, int first_row) {
         const bool stored = 16 <= r && r < 16 + kRows && c < Tile::kPanelCols;
         return stored ? source(first_row + r - 16, c) : kUntouched;
       });
+}
+
+// Heads that share their memory, as torch's expand() makes them: (2 heads, of stride 0).
+template <typename Element>
+void test_shared_heads() {
+  using Tile = SmemTile<Element, 16, 64>;
+  Managed<Element> in(16 * 64);
+  Managed<Element> tile(16 * 64, Element(kUntouched));
+  fill(in, 6);
+  const TensorView view = {in.data, 0, 64, 0};
+  const CUtensorMap map = sm90::make_tensor_map({view, kDtypeOf<Element>, 1, 2, 16, 64, 16});
+  run<shared_head_kernel<Element, Tile>>(1, 128, sizeof(TmaMemory<Tile>), map, tile.data);
+  expect(
+      "tma_load, stride 0", 16, 64, 0,
+      [&](int r, int c) { return static_cast<float>(tile[r * 64 + c]); },
+      [&](int r, int c) { return static_cast<float>(in[r * 64 + c]); });
 }
 
 // --- wgmma ---
@@ -264,6 +299,7 @@ void test_element(const char* name) {
   test_tma<Element, 64, 128>(96, 80, 8);       // columns past the end
   test_tma<Element, 80, 256>(96, 200, 0);      // a panel past the end
   test_tma<Element, 128, 64>(20, 40, 32);      // nothing but zeros
+  test_shared_heads<Element>();
   test_abt<Element, 128, 64, 64>();
   test_abt<Element, 128, 128, 96>();
   test_abt<Element, 128, 128, 128>();

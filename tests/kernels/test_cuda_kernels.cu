@@ -230,7 +230,8 @@ std::vector<int> select_rows(const Options& options, const CudaDevice& device) {
   for (int row = 0; row < kNumRows; ++row) {
     const KernelConfig& config = table::kRows[row];
     const std::string name = config.name();
-    const bool other_gpu = config.family == Family::kSm90 && device.compute_capability != 90;
+    const bool other_gpu = config.family == Family::kSm90 &&
+                           (device.compute_capability != 90 || !registry().kernels[row].present());
     if (config.family == Family::kCpu || other_gpu ||
         name.find(options.filter) == std::string::npos) {
       continue;

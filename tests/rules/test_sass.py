@@ -21,6 +21,8 @@ CODE = """
         /*0040*/               @P0 BRA `(.L_x_1) ;
 .L_x_2:
         /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0054*/                   MUFU.EX2 R1, R1 ;
+        /*0058*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0060*/              @!P1 BRA `(.L_x_2) ;
         /*0070*/               @P2 BRA `(.L_x_3) ;
         /*0080*/              @!P0 BRA `(.L_x_0) ;
@@ -45,23 +47,31 @@ def test_kernels_instructions_and_loops(sass: ModuleType) -> None:
     assert list(kernels) == ["_Z5first", "_Z6second"]
     first, second = kernels.values()
     assert first.opcodes[:4] == ["UTMALDG", "ISETP", "HGMMA", "FSEL"]
-    assert [len(loop) for loop in first.loops] == [3, 2, 8]
-    assert first.main_loop() == 2
+    assert [len(loop) for loop in first.loops] == [3, 4, 10]
+    assert first.main_loop() == ["HGMMA", "FSEL", "BRA"]
     assert second.opcodes == ["HMMA", "LDL", "BRA"]
-    assert second.main_loop() is None
+    assert second.main_loop() == []
 
 
 def test_faults(sass: ModuleType) -> None:
     first, second = dict(sass.parse(CODE)).values()
-    assert list(sass.faults(first, 2)) == []
-    assert list(sass.faults(first, 1)) == ["its main loop has 2 instructions, and a budget of 1"]
+    assert list(sass.faults(first, 3)) == []
+    assert list(sass.faults(first, 2)) == ["its main loop has 3 instructions, and a budget of 2"]
     assert list(sass.faults(first, None)) == [
-        "no budget in .ci/loop_budget.json for its main loop of 2 instructions"
+        "no budget in .ci/loop_budget.json for its main loop of 3 instructions"
     ]
     assert list(sass.faults(second, 100)) == [
         "no HGMMA in its machine code",
         "no UTMALDG in its machine code",
         "1 HMMA in its machine code",
         "1 LDL in its machine code",
-        "its main loop has None instructions, and a budget of 100",
+        "its main loop has 0 instructions, and a budget of 100",
     ]
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_exponentials_run_under_products(sass: ModuleType, follows: bool) -> None:
+    under, late = ["MUFU", "WARPGROUP"], ["WARPGROUP", "MUFU"]
+    opcodes = ["UTMALDG", "HGMMA", *(late if follows else under), "BRA"]
+    found = list(sass.faults(sass.Code(opcodes, [range(1, 5)]), 4))
+    assert found == (["1 of its 1 exponentials follow the products"] if follows else [])

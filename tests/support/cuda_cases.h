@@ -101,6 +101,9 @@ inline std::vector<Case> fixed_length_cases() {
        .right = 0,
        .scale = -0.2},
       {.name = "zero scale", .shape = {1, 2, 2, 70, 90, kOfRow}, .left = 40, .scale = 0.0},
+      {.name = "several tiles of several heads for each block",
+       .shape = {5, 60, 12, 130, 260, kOfRow},
+       .right = 0},
       {.name = "70000 heads", .shape = {4375, 16, 8, 3, 2, 8}, .right = 0},
   };
 }
@@ -129,6 +132,12 @@ inline std::vector<Case> variable_length_cases() {
        .lengths_q = {0, 1, 63, 64, 65, 200, 0, 5},
        .lengths_k = {65, 200, 64, 0, 63, 1, 0, 90},
        .repeats = 20},
+      {.name = "packed, several tiles of several heads for each block",
+       .shape = {5, 40, 8, 300, 300, 64},
+       .left = 150,
+       .right = 0,
+       .lengths_q = {130, 0, 300, 1, 129},
+       .lengths_k = {260, 70, 300, 150, 0}},
       {.name = "packed, causal",
        .shape = {7, 4, 1, 200, 200, kOfRow},
        .right = 0,
