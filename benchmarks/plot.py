@@ -45,29 +45,26 @@ def read(paths: list[Path]) -> list[Row]:
     return rows
 
 
-def speeds(rows: list[Row]) -> Points:
+def points_of(rows: list[Row], value: Callable[[Row], float]) -> Points:
     points: Points = {}
     for row in rows:
-        points.setdefault(row["provider"], []).append((int(row["seqlen"]), float(row["tflops"])))
+        points.setdefault(row["provider"], []).append((int(row["seqlen"]), value(row)))
     return points
+
+
+def speeds(rows: list[Row]) -> Points:
+    return points_of(rows, lambda row: float(row["tflops"]))
 
 
 def speedups(rows: list[Row]) -> Points:
     """Standard attention's time over a provider's."""
     standard = {row["seqlen"]: float(row["p50_ms"]) for row in rows if row["provider"] == STANDARD}
-    points: Points = {}
-    for row in rows:
-        if row["seqlen"] in standard and row["provider"] != STANDARD:
-            ratio = standard[row["seqlen"]] / float(row["p50_ms"])
-            points.setdefault(row["provider"], []).append((int(row["seqlen"]), ratio))
-    return points
+    others = [row for row in rows if row["seqlen"] in standard and row["provider"] != STANDARD]
+    return points_of(others, lambda row: standard[row["seqlen"]] / float(row["p50_ms"]))
 
 
 def memory(rows: list[Row]) -> Points:
-    points: Points = {}
-    for row in rows:
-        points.setdefault(row["provider"], []).append((int(row["seqlen"]), float(row["peak_mib"])))
-    return points
+    return points_of(rows, lambda row: float(row["peak_mib"]))
 
 
 # suite, quantity, unit, logarithmic

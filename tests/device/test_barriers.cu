@@ -68,18 +68,4 @@ void test_meetings() {
 
 }  // namespace
 
-int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no GPU\n");
-    return 77;
-  }
-  try {
-    test_meetings();
-  } catch (const std::exception& error) {
-    std::printf("FAILED %s\n", error.what());
-    return 1;
-  }
-  std::printf("%d failed\n", failures());
-  return failures() == 0 ? 0 : 1;
-}
+int main() { return run_tests(test_meetings); }

@@ -2,7 +2,6 @@
 // The blocks of csrc/device and csrc/ptx under sm80, each against a loop on the host. Prints a line
 // per check; returns 0 if all hold, 1 if one does not, 77 without a GPU.
 #include <cstdio>
-#include <exception>
 #include <string>
 #include <type_traits>
 
@@ -304,18 +303,4 @@ void test_all() {
 
 }  // namespace
 
-int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no GPU\n");
-    return 77;
-  }
-  try {
-    test_all();
-  } catch (const std::exception& error) {
-    std::printf("FAILED %s\n", error.what());
-    return 1;
-  }
-  std::printf("%d failed\n", failures());
-  return failures() == 0 ? 0 : 1;
-}
+int main() { return run_tests(test_all); }

@@ -5,7 +5,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdio>
-#include <exception>
 #include <string>
 #include <type_traits>
 
@@ -315,27 +314,12 @@ void test_element(const char* name) {
   test_ab<Element, 80, 256, 256>();
 }
 
+void test_all() {
+  test_ring();
+  test_element<__nv_bfloat16>("bfloat16");
+  test_element<__half>("float16");
+}
+
 }  // namespace
 
-int main() {
-  int devices = 0;
-  int major = 0;
-  int minor = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) != cudaSuccess ||
-      major != 9 || minor != 0) {
-    std::printf("skipped: no GPU of compute capability 9.0\n");
-    return 77;
-  }
-  try {
-    test_ring();
-    test_element<__nv_bfloat16>("bfloat16");
-    test_element<__half>("float16");
-  } catch (const std::exception& error) {
-    std::printf("FAILED %s\n", error.what());
-    return 1;
-  }
-  std::printf("%d failed\n", failures());
-  return failures() == 0 ? 0 : 1;
-}
+int main() { return run_tests(test_all, 90); }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <exception>
 #include <string>
 
 #include "support/cuda_check.h"
@@ -20,6 +21,30 @@ inline int& failures() {
 
 inline std::string shape_name(int rows, int cols) {
   return std::to_string(rows) + "x" + std::to_string(cols);
+}
+
+// The main function of a test: 0 if all checks of test_all() hold, 1 if one does not, 77 without a
+// GPU, or without one of the compute capability `only`, such as 90.
+template <typename Tests>
+int run_tests(Tests&& test_all, int only = 0) {
+  int devices = 0;
+  int major = 0;
+  int minor = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) != cudaSuccess ||
+      (only != 0 && 10 * major + minor != only)) {
+    std::printf("skipped: no GPU that these tests are for\n");
+    return 77;
+  }
+  try {
+    test_all();
+  } catch (const std::exception& error) {
+    std::printf("FAILED %s\n", error.what());
+    return 1;
+  }
+  std::printf("%d failed\n", failures());
+  return failures() == 0 ? 0 : 1;
 }
 
 template <typename T>
