@@ -122,7 +122,9 @@ def test_heads_may_share_keys_and_values(bench: ModuleType, tmp_path: Path) -> N
 
 
 def test_all_providers_compute_attention(bench: ModuleType) -> None:
-    q, k, v, _ = bench.tensors((1, 24, 4, 16), 2, "cpu", "float32")
+    q, k, v, dout = bench.tensors((1, 24, 4, 16), 2, "cpu", "float32")
+    assert q.shape == dout.shape == (1, 24, 4, 16)
+    assert k.shape == v.shape == (1, 24, 2, 16)
     for causal in (False, True):
         expected = bench.providers.load("eager").attention(q, k, v, causal)
         for name in ("flash_attn_cuda", "deterministic", "sdpa_flash"):
