@@ -71,6 +71,13 @@ struct TileScheduler {
   }
 };
 
+// Counts the items that the blocks of one launch have taken, and the blocks that found none left.
+// Zero between launches.
+struct WorkCounter {
+  unsigned long long taken;  // the type that atomicAdd knows
+  unsigned int finished;
+};
+
 // A tile of queries of one head.
 struct QueryTile {
   int head;

@@ -32,6 +32,23 @@ FA_DEVICE float row_sum(float value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
+// Value i of lane j of each quad becomes value j of its lane i. lane: in the quad.
+FA_DEVICE void transpose_in_quad(uint32_t (&values)[4], int lane) {
+#pragma unroll
+  for (int distance = 2; distance > 0; distance /= 2) {
+    const bool is_upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) == 0) {
+        uint32_t& low = values[i];
+        uint32_t& high = values[i + distance];
+        const uint32_t received = __shfl_xor_sync(~0u, is_upper ? low : high, distance);
+        (is_upper ? low : high) = received;
+      }
+    }
+  }
+}
+
 template <int kRowsOfTile, int kColsOfTile, int kStrideOfRows = kBlockRows,
           int kStrideOfSlices = 2 * kBlockCols>
 struct Accumulator {

@@ -40,6 +40,9 @@ class RingPosition {
     return s_ring.full[stage()];
   }
 
+  // Producer, by one thread: the stage has been written.
+  FA_DEVICE void fill(Ring<kStages>& s_ring) const { ptx::mbarrier_arrive(s_ring.full[stage()]); }
+
   // Consumer: until the tile has arrived.
   FA_DEVICE void wait(Ring<kStages>& s_ring) const {
     ptx::mbarrier_wait(s_ring.full[stage()], parity());

@@ -1,80 +1,37 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Forward on Hopper: out = softmax(scale * q k^T + mask) v and its log-sum-exp. As many blocks as
-// multiprocessors take tiles of queries of one head in turn. In a block,
-//   warpgroup 0 loads: one of its warps has TMA copy tiles of q, k and v through three rings,
+// multiprocessors take tiles of queries of one head until none is left. In a block,
+//   warpgroup 0 loads: one of its warps takes the work, says in a ring of its own what it is, and
+//   has TMA copy tiles of q, k and v through three more rings;
 //   the others compute: each owns 64 rows of queries. Scores and out are its wgmma accumulators,
 //   and p goes from accumulators to an A operand without leaving the lane.
 //
 // Tiles of keys go from the last to the first, so that the diagonal of a causal mask comes first.
-// While the scores of a tile become p, the product of the previous tile's p and v runs; and the
-// math warpgroups take turns in issuing, so that one's softmax runs under the other's products:
-//   issue s(j) = q k(j)^T, issue out += p(j + 1) v(j + 1), wait for s(j), p(j), wait for out
-// m is raised rarely (device/softmax.cuh), and out is rescaled only then.
-//
-// out leaves through the shared memory of its own queries, a warp at a time.
+// The math warpgroups take turns at the tensor cores, so that the softmax of one runs under the
+// products of the others. In its turn a warpgroup issues two products:
+//   out += p(j + 1) v(j + 1), s(j) = q k(j)^T; then it waits for both and turns s(j) into p(j).
 #pragma once
 
 #include <cfloat>
 
 #include "common/params.h"
-#include "common/scheduler.h"
 #include "device/convert.cuh"
 #include "device/epilogue.cuh"
 #include "device/mask.cuh"
-#include "device/softmax.cuh"
+#include "device/speculative_softmax.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
+#include "sm90/fwd_work.cuh"
 #include "sm90/tensor_map.h"
 #include "sm90/traits.h"
 
 namespace fa::sm90 {
 
-// What TMA must know of the tensors; out in boxes of a warp's 16 rows.
+// What TMA must know of the tensors.
 struct FwdTensorMaps {
   CUtensorMap q;
   CUtensorMap k;
   CUtensorMap v;
-  CUtensorMap out;
-};
-
-FA_DEVICE int64_t opaque(int64_t x) {
-  return static_cast<int64_t>(ptx::opaque(static_cast<uint32_t>(x >> 32))) << 32 |
-         ptx::opaque(static_cast<uint32_t>(x));
-}
-
-// How blocks share the work.
-struct Schedule {
-  TileScheduler tiles;
-  int head_group;
-};
-
-FA_DEVICE Sequence uniform(const Sequence& sequence) {
-  return {ptx::uniform(sequence.begin), ptx::uniform(sequence.length)};
-}
-
-// A tile of queries and the tiles of keys that it sees; the same in all lanes of a warp.
-template <typename Traits>
-struct FwdWork {
-  FA_DEVICE FwdWork(const FwdParams& params, const Schedule& schedule, int64_t index)
-      : tile(schedule.tiles.last_first_of_group(index, schedule.head_group)),
-        sequence_q(uniform(params.queries.at(tile.batch, params.shape.seqlen_q))),
-        sequence_k(uniform(params.keys.at(tile.batch, params.shape.seqlen_k))),
-        window(params.window.over(sequence_q.length, sequence_k.length)),
-        first_query(tile.tile * Traits::kTileM) {
-    const Range keys = window.keys_seen_by_any({first_query, first_query + Traits::kTileM});
-    key_tiles = keys.empty()
-                    ? Range{0, 0}
-                    : Range{keys.begin / Traits::kTileN, ceil_div(keys.end, Traits::kTileN)};
-  }
-
-  FA_DEVICE bool exists() const { return first_query < sequence_q.length; }
-
-  WorkTile tile;
-  Sequence sequence_q;
-  Sequence sequence_k;
-  WindowMask window;
-  int first_query;
-  Range key_tiles;
 };
 
 // By one warp: fills the next stage of a ring.
@@ -95,24 +52,44 @@ FA_DEVICE void load_tile(Tile (&s_tiles)[kRingStages], device::Ring<kRingStages>
   at.advance();
 }
 
+// The loading warp.
 template <typename Traits>
 FA_DEVICE void load_tiles(const FwdParams& params, const FwdTensorMaps& maps,
                           const Schedule& schedule, typename Traits::SharedMemory& s) {
+  device::RingPosition<kStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
-  for (int64_t index = blockIdx.x; index < schedule.tiles.count(); index += gridDim.x) {
-    const FwdWork<Traits> work(params, schedule, index);
-    if (!work.exists() || work.key_tiles.empty()) {
+  const auto publish = [&](const FwdWork& work) {
+    work_at.wait_empty(s.work_ring);
+    if (ptx::lane_index() == 0) {
+      s.work[work_at.stage()] = work;
+      work_at.fill(s.work_ring);
+    }
+    __syncwarp();
+    work_at.advance();
+  };
+  const auto take = [&] {
+    const int64_t item = ptx::lane_index() == 0 ? take_item(schedule) : 0;
+    return __shfl_sync(~0u, item, 0);
+  };
+  for (int64_t item = blockIdx.x; item < schedule.tiles.count(); item = take()) {
+    const FwdWork work =
+        FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
+    if (!work.exists()) {
+      continue;
+    }
+    publish(work);
+    if (work.key_tiles.empty()) {
       continue;
     }
     const int head_kv = work.tile.head / params.shape.group_size();
     const int batch_q = params.queries.cu_seqlens == nullptr ? work.tile.batch : 0;
     const int batch_k = params.keys.cu_seqlens == nullptr ? work.tile.batch : 0;
-    load_tile(s.q, s.q_ring, q_at, maps.q, work.sequence_q.begin + work.first_query, work.tile.head,
+    load_tile(s.q, s.q_ring, q_at, maps.q, work.queries.begin + work.first_query, work.tile.head,
               batch_q);
     for (int j = work.key_tiles.end - 1; j >= work.key_tiles.begin - 1; --j) {
-      const int row = work.sequence_k.begin + j * Traits::kTileN;
+      const int row = work.keys.begin + j * Traits::kTileN;
       if (j >= work.key_tiles.begin) {
         load_tile(s.k, s.k_ring, k_at, maps.k, row, head_kv, batch_k);
       }
@@ -120,6 +97,11 @@ FA_DEVICE void load_tiles(const FwdParams& params, const FwdTensorMaps& maps,
         load_tile(s.v, s.v_ring, v_at, maps.v, row + Traits::kTileN, head_kv, batch_k);
       }
     }
+  }
+  FwdWork end = {.tile = {-1, 0, 0}, .window = params.window};
+  publish(end);
+  if (ptx::lane_index() == 0) {
+    finish_taking(schedule);
   }
 }
 
@@ -136,6 +118,10 @@ class Turns {
   }
   FA_DEVICE void begin() const { ptx::barrier_sync<kThreads>(own_); }
   FA_DEVICE void end() const { ptx::barrier_arrive<kThreads>(next_); }
+  FA_DEVICE void pass() const {
+    begin();
+    end();
+  }
 
  private:
   static constexpr int kFirst = 1 + Traits::kMathWarpgroups;  // after those of single warpgroups
@@ -176,47 +162,37 @@ FA_DEVICE void negate_rows(Tile& s_tile, int first, int thread, int barrier) {
   ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
 }
 
-// A warp's 16 rows of a shared tile, from `row` on, to out; all of them by TMA, and fewer, where
-// the sequence ends among them, by its lanes. Rows of zeros without a tile.
-template <typename Tile, typename Element>
-FA_DEVICE void store_rows(const Tile* s_tile, int row, const CUtensorMap& map,
-                          const ptx::BoxOrigin& origin,
-                          const device::GlobalTile<Element>& destination) {
-  ptx::fence_async_proxy();
-  __syncwarp();
-  if (s_tile != nullptr && destination.rows >= device::kBlockRows) {
-    if (ptx::lane_index() == 0) {
+// A warp's rows of out to global memory. Two rounds of exchange give each lane of a quad, which
+// holds pairs of columns of every block, all of one block in four: 16 bytes.
+template <typename Element, typename Out>
+FA_DEVICE void store_rows(const Out& r_out, const device::GlobalTile<Element>& destination) {
+  const int lane = ptx::lane_index() % 4;
 #pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        ptx::tma_store(&map, {panel * Tile::kPanelCols, origin.row, origin.head, origin.batch},
-                       s_tile->elements + (panel * Tile::kRows + row) * Tile::kPanelCols);
+  for (int block = 0; block < Out::kColBlocks; block += 4) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = ptx::convert_pair<Element>(r_out.r[0][block + i][2 * half],
+                                              r_out.r[0][block + i][2 * half + 1]);
       }
-      ptx::tma_commit();
-    }
-    return;
-  }
-  constexpr int kUnits = Tile::kCols / Tile::kUnitElements;
-  const int lane = static_cast<int>(ptx::opaque(ptx::lane_index()));
-#pragma unroll 1
-  for (int unit = lane; unit < device::kBlockRows * kUnits; unit += ptx::kWarpSize) {
-    const int unit_row = unit / kUnits;
-    const int col = unit % kUnits * Tile::kUnitElements;
-    if (unit_row < destination.rows && col < destination.cols) {
-      *reinterpret_cast<uint4*>(destination.at(unit_row, col)) =
-          s_tile == nullptr ? uint4{0, 0, 0, 0}
-                            : *reinterpret_cast<const uint4*>(s_tile->elements +
-                                                              Tile::offset(row + unit_row, col));
+      device::transpose_in_quad(pairs, lane);
+      const int row = Out::row(half);
+      const int col = Out::first_col(block + lane);
+      if (row < destination.rows && col < destination.cols) {
+        *reinterpret_cast<uint4*>(destination.at(row, col)) = {pairs[0], pairs[1], pairs[2],
+                                                               pairs[3]};
+      }
     }
   }
 }
 
+// A math warpgroup.
 template <typename Traits>
-FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps, const Schedule& schedule,
-                      typename Traits::SharedMemory& s, int warpgroup) {
+FA_DEVICE void attend(const FwdParams& params, typename Traits::SharedMemory& s, int warpgroup) {
   using Element = typename Traits::Element;
-  using Scores = typename Traits::Scores;
   using Out = typename Traits::Out;
-  using QueryTile = typename Traits::template Rows<Traits::kTileM>;
   constexpr int kTileN = Traits::kTileN;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
@@ -228,171 +204,164 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps, const 
   // which would turn a masked -inf into NaN.
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float positive_scale = fmaxf(fabsf(softmax_scale), FLT_MIN);
+  // Rows of v past the end of a sequence are then those of another, which 0 must not multiply.
+  const bool others_follow = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
 
   const Turns<Traits> turns(warpgroup);
+  device::RingPosition<kStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
+  const auto skip_key_tile = [&] {
+    k_at.wait(s.k_ring);
+    k_at.release(s.k_ring);
+    k_at.advance();
+  };
+  const auto skip_value_tile = [&] {
+    v_at.wait(s.v_ring);
+    v_at.release(s.v_ring);
+    v_at.advance();
+  };
 
-  for (int64_t index = blockIdx.x; index < schedule.tiles.count(); index += gridDim.x) {
-    const FwdWork<Traits> work(params, schedule, index);
-    if (!work.exists()) {
-      continue;
+  for (;;) {
+    work_at.wait(s.work_ring);
+    const FwdWork& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
     }
-    const int warpgroup_query = work.first_query + warpgroup_row;
-    const int warp_query = work.first_query + warp_row;
-    // Where results go is looked up again where it is used, rather than kept in registers through
-    // the loop.
-    const auto store_lse = [&](const typename Out::RowValues& lse) {
-      const FwdWork<Traits> again(params, schedule, opaque(index));
-      device::store_row_values<Out>(
-          lse,
-          params.softmax_lse.row<float>(again.tile.batch, again.tile.head) + again.sequence_q.begin,
-          again.first_query + warp_row, again.sequence_q.length);
-    };
-    const auto store_out = [&](const auto* s_tile) {
-      const FwdWork<Traits> again(params, schedule, opaque(index));
-      const auto [tile, head, batch] = again.tile;
-      const int warp_query = again.first_query + warp_row;
-      store_rows(s_tile, warp_row, maps.out,
-                 {0, again.sequence_q.begin + warp_query, head,
-                  params.queries.cu_seqlens == nullptr ? batch : 0},
-                 device::global_tile<Element>(params.out, again.sequence_q, batch, warp_query, head,
-                                              params.shape.head_dim));
-    };
+    const WindowMask window = s_work.window;
+    const int first_query = ptx::uniform(s_work.first_query);
+    const int first_tile = ptx::uniform(s_work.key_tiles.begin);
+    const int tiles_end = ptx::uniform(s_work.key_tiles.end);
 
-    device::OnlineSoftmax<Out::kRowsPerThread> softmax(positive_scale);
-    typename Out::RowValues sums;
-    typename Out::RowValues lse;
-    typename Out::RowValues normalizer;
-    if (work.key_tiles.empty()) {
-      softmax.sums(sums);
-      softmax.finalize(sums, lse, normalizer);
-      store_lse(lse);
-      store_out(static_cast<const QueryTile*>(nullptr));
-      continue;
-    }
-
-    // Tiles that need no mask for this warpgroup: [unmasked.begin, unmasked.end).
-    const Range seen_by_all =
-        work.window.keys_seen_by_all({warpgroup_query, warpgroup_query + device::kWarpgroupRows});
-    const Range unmasked = {ceil_div(seen_by_all.begin, kTileN), seen_by_all.end / kTileN};
-    const auto is_masked = [&](int j) { return j < unmasked.begin || j >= unmasked.end; };
-    const auto& s_q = s.q[q_at.stage()];
-
-    // The scores of the last tile.
-    int j = work.key_tiles.end - 1;
-    q_at.wait(s.q_ring);
-    if (softmax_scale < 0.0f) {
-      negate_rows(s.q[q_at.stage()], warpgroup_row, thread, warpgroup_barrier);
-    }
-    typename Traits::Probabilities r_p;
-    {
-      Scores r_scores;
-      k_at.wait(s.k_ring);
-      ptx::wgmma_fence();
-      device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_scores.r[0]);
-      k_at.release(s.k_ring);
-      k_at.advance();
-      if (is_masked(j)) {
-        device::keep_visible(r_scores, work.window, warp_query, j * kTileN, -INFINITY);
-      }
-      typename Out::RowValues largest;
-      typename Out::RowValues rescale;
-      softmax.largest(r_scores, largest);
-      softmax.raise(largest, rescale);
-      softmax.exponentiate(r_scores);
-      r_p = device::to_operand<Element>(r_scores);
-    }
-    // p of a key past the end is 0, and 0 times what lies there in memory may be NaN.
-    const int rows_of_last = work.sequence_k.length - j * kTileN;
-    const bool others_follow = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
-    if (rows_of_last < kTileN && others_follow) {
-      v_at.wait(s.v_ring);
-      clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
-    }
+    // Of those tiles, the ones that this warpgroup sees, and of these the ones that need no mask.
+    const int warpgroup_query = first_query + warpgroup_row;
+    const int warp_query = first_query + warp_row;
+    const Range rows = {warpgroup_query, warpgroup_query + device::kWarpgroupRows};
+    const Range seen = FwdWork::tiles_seen_by_any<kTileN>(window, rows);
+    const Range unmasked = FwdWork::tiles_seen_by_all<kTileN>(window, rows);
+    const int seen_begin = ptx::uniform(seen.begin);
+    const int seen_end = ptx::uniform(seen.end);
 
     Out r_out;  // not yet normalized
+    typename Out::RowValues lse;
+    typename Out::RowValues normalizer;
     r_out.clear();
-    // Also the end of a basic block, over which ptxas does not move the wait for out that follows:
-    // it would wait before the exponentials, which are to run under the product.
-    const auto wait_for_keys = [&](int tile) {
-      if (tile >= work.key_tiles.begin) {
-        k_at.wait(s.k_ring);
+    device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
+    if (first_tile < tiles_end) {
+      q_at.wait(s.q_ring);
+    }
+    if (seen_begin < seen_end) {
+      const auto& s_q = s.q[q_at.stage()];
+      if (softmax_scale < 0.0f) {
+        negate_rows(s.q[q_at.stage()], warpgroup_row, thread, warpgroup_barrier);
       }
-    };
-    const auto step = [&](auto masked) {
-      Scores r_scores;
-      turns.begin();
-      ptx::wgmma_fence();
-      device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
-      ptx::wgmma_commit();
+      for (int j = tiles_end; j > seen_end; --j) {
+        skip_key_tile();
+      }
+
+      // The scores of the last tile.
+      int j = seen_end - 1;
+      typename Traits::Probabilities r_p;
+      {
+        typename Traits::Scores r_scores;
+        k_at.wait(s.k_ring);
+        ptx::wgmma_fence();
+        device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_scores.r[0]);
+        k_at.release(s.k_ring);
+        k_at.advance();
+        if (j < unmasked.begin || j >= unmasked.end) {
+          device::keep_visible(r_scores, window, warp_query, j * kTileN, -INFINITY);
+        }
+        softmax.begin(r_scores, r_p);
+      }
+      for (int skipped = tiles_end; skipped > seen_end; --skipped) {
+        skip_value_tile();
+        turns.pass();
+      }
+      const int rows_of_last = window.seqlen_k() - j * kTileN;
+      if (rows_of_last < kTileN && others_follow) {
+        v_at.wait(s.v_ring);
+        clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
+      }
+
+      const auto step = [&](auto masked) {
+        typename Traits::Scores r_scores;
+        v_at.wait(s.v_ring);
+        k_at.wait(s.k_ring);
+        turns.begin();
+        ptx::wgmma_fence();
+        device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
+        device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
+        ptx::wgmma_commit();
+        turns.end();
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_out.r[0]);
+        ptx::wgmma_pin(r_scores.r[0]);
+        v_at.release(s.v_ring);
+        v_at.advance();
+        k_at.release(s.k_ring);
+        k_at.advance();
+        if constexpr (decltype(masked)::value) {
+          device::keep_visible(r_scores, window, warp_query, j * kTileN, -INFINITY);
+        }
+        softmax.next(r_scores, r_p, [&](const auto& rescale) { r_out.scale_rows(rescale); });
+      };
+      for (--j; j >= seen_begin && j >= unmasked.end; --j) {
+        step(std::true_type{});
+      }
+      for (; j >= seen_begin && j >= unmasked.begin; --j) {
+        step(std::false_type{});
+      }
+      for (; j >= seen_begin; --j) {
+        step(std::true_type{});
+      }
+
       v_at.wait(s.v_ring);
       ptx::wgmma_fence();
       device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
       ptx::wgmma_commit();
-      turns.end();
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_pin(r_scores.r[0]);
-      k_at.release(s.k_ring);
-      k_at.advance();
-      if constexpr (decltype(masked)::value) {
-        device::keep_visible(r_scores, work.window, warp_query, j * kTileN, -INFINITY);
-      }
-      typename Out::RowValues largest;
-      typename Out::RowValues rescale;
-      softmax.largest(r_scores, largest);
-      const bool raised = softmax.raise(largest, rescale);
-      softmax.exponentiate(r_scores);
-      wait_for_keys(j - 1);
+      q_at.release(s.q_ring);
+      q_at.advance();
+      softmax.finalize(lse, normalizer);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_out.r[0]);
       v_at.release(s.v_ring);
       v_at.advance();
-      if (__any_sync(~0u, raised)) {
-        r_out.scale_rows(rescale);
+      for (; j >= first_tile; --j) {
+        skip_key_tile();
+        skip_value_tile();
+        turns.pass();
       }
-      r_p = device::to_operand<Element>(r_scores);
-    };
-    wait_for_keys(--j);
-    for (; j >= work.key_tiles.begin && j >= unmasked.end; --j) {
-      step(std::true_type{});
+    } else {
+      for (int j = tiles_end; j > first_tile; --j) {
+        skip_key_tile();
+        skip_value_tile();
+        if (j < tiles_end) {
+          turns.pass();
+        }
+      }
+      if (first_tile < tiles_end) {
+        q_at.release(s.q_ring);
+        q_at.advance();
+      }
+      softmax.finalize(lse, normalizer);
     }
-    for (; j >= work.key_tiles.begin && j >= unmasked.begin; --j) {
-      step(std::false_type{});
-    }
-    for (; j >= work.key_tiles.begin; --j) {
-      step(std::true_type{});
-    }
-
-    v_at.wait(s.v_ring);
-    ptx::wgmma_fence();
-    device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
-    ptx::wgmma_commit();
-    softmax.sums(sums);
-    softmax.finalize(sums, lse, normalizer);
-    store_lse(lse);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_pin(r_out.r[0]);
-    v_at.release(s.v_ring);
-    v_at.advance();
 
     r_out.scale_rows(normalizer);
-    ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-    device::store_elements(r_out, s.q[q_at.stage()], warp_row, 0);
-    store_out(&s.q[q_at.stage()]);
-    if (ptx::lane_index() == 0) {
-      ptx::tma_wait_read();
-    }
+    const auto [tile, head, batch] = s_work.tile;
+    device::store_row_values<Out>(
+        lse, params.softmax_lse.row<float>(batch, head) + s_work.queries.begin, warp_query,
+        s_work.queries.length);
+    store_rows<Element>(r_out, device::global_tile<Element>(params.out, s_work.queries, batch,
+                                                            warp_query, head,
+                                                            params.shape.head_dim));
     __syncwarp();
-    q_at.release(s.q_ring);
-    q_at.advance();
-  }
-  if (ptx::lane_index() == 0) {
-    ptx::tma_wait();
+    work_at.release(s.work_ring);
+    work_at.advance();
   }
 }
 
@@ -403,9 +372,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) {
       ptx::prefetch_tensor_map(map);
     }
+    s.work_ring.init(Traits::kMathWarps);
     s.q_ring.init(Traits::kMathWarps);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
@@ -420,7 +390,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     ptx::grow_registers<Traits::kMathRegisters>();
-    attend<Traits>(params, maps, schedule, s, warpgroup - 1);
+    attend<Traits>(params, s, warpgroup - 1);
   }
 #endif
 }

@@ -41,15 +41,19 @@ FwdTensorMaps tensor_maps(const FwdParams& params) {
   const auto keys = [&](const TensorView& view) {
     return map(view, params.keys, shape.seqlen_k, shape.num_heads_kv, Traits::kTileN);
   };
-  return {queries(params.q, Traits::kTileM), keys(params.k), keys(params.v),
-          queries(params.out, device::kBlockRows)};
+  return {queries(params.q, Traits::kTileM), keys(params.k), keys(params.v)};
+}
+
+inline WorkCounter* work_counter_hack() {
+  static WorkCounter* c = [] { void* p; cudaMalloc(&p, 64); cudaMemset(p, 0, 64); return static_cast<WorkCounter*>(p); }();
+  return c;
 }
 
 template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   const int tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, head_group(shape, tiles)};
+  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, head_group(shape, tiles), work_counter_hack()};
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),

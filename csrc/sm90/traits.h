@@ -11,6 +11,7 @@
 #include "device/smem.cuh"
 #include "device/warpgroup_mma.cuh"
 #include "dispatch/kernel_table.h"
+#include "sm90/fwd_work.cuh"
 
 namespace fa::sm90 {
 
@@ -46,12 +47,14 @@ struct FwdTraits {
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {
-    Rows<kTileM> q[kQStages];  // and then the same queries' out
+    Rows<kTileM> q[kQStages];
     Rows<kTileN> k[kStages];
     Rows<kTileN> v[kStages];
+    device::Ring<kStages> work_ring;
     device::Ring<kQStages> q_ring;
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
+    FwdWork work[kStages];
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);
   static_assert(sizeof(SharedMemory) == kConfig.smem_bytes());

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the blocks of the forward kernel work on, and how they share it.
+#pragma once
+
+#include "common/params.h"
+#include "common/scheduler.h"
+#include "device/pipeline.cuh"
+
+namespace fa::sm90 {
+
+// The first item of a block has the block's own index. Further ones it takes from the counter,
+// which is null where there are no more items than blocks.
+struct Schedule {
+  TileScheduler tiles;
+  int head_group;
+  WorkCounter* counter;
+};
+
+// By one thread: the index of an item that no other block has.
+FA_DEVICE int64_t take_item(const Schedule& schedule) {
+  if (schedule.counter == nullptr) {
+    return schedule.tiles.count();
+  }
+  return static_cast<int64_t>(gridDim.x + atomicAdd(&schedule.counter->taken, 1ull));
+}
+
+// By one thread of each block, when there are no more items: the last one leaves the counter as it
+// was found.
+FA_DEVICE void finish_taking(const Schedule& schedule) {
+  if (schedule.counter == nullptr) {
+    return;
+  }
+  __threadfence();
+  if (atomicAdd(&schedule.counter->finished, 1u) + 1 == gridDim.x) {
+    *schedule.counter = {};
+  }
+}
+
+// A tile of queries and the tiles of keys that it sees.
+struct FwdWork {
+  WorkTile tile;
+  Sequence queries;
+  Sequence keys;
+  WindowMask window;
+  int first_query;
+  Range key_tiles;
+
+  template <int kTileM, int kTileN>
+  static FA_DEVICE FwdWork of_item(const FwdParams& params, const Schedule& schedule,
+                                   int64_t index) {
+    const WorkTile tile = schedule.tiles.last_first_of_group(index, schedule.head_group);
+    const Sequence queries = params.queries.at(tile.batch, params.shape.seqlen_q);
+    const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
+    const WindowMask window = params.window.over(queries.length, keys.length);
+    const int first_query = tile.tile * kTileM;
+    return {tile,        queries,
+            keys,        window,
+            first_query, tiles_seen_by_any<kTileN>(window, {first_query, first_query + kTileM})};
+  }
+
+  // The tiles of keys of which at least one key is seen by at least one of the queries.
+  template <int kTileN>
+  static FA_DEVICE Range tiles_seen_by_any(const WindowMask& window, Range queries) {
+    const Range seen = window.keys_seen_by_any(queries);
+    return seen.empty() ? Range{0, 0} : Range{seen.begin / kTileN, ceil_div(seen.end, kTileN)};
+  }
+
+  // The tiles of keys of which every key is seen by every one of the queries.
+  template <int kTileN>
+  static FA_DEVICE Range tiles_seen_by_all(const WindowMask& window, Range queries) {
+    const Range seen = window.keys_seen_by_all(queries);
+    return {ceil_div(seen.begin, kTileN), seen.end / kTileN};
+  }
+
+  FA_DEVICE bool exists() const { return first_query < queries.length; }
+
+  // Stands behind the last item.
+  FA_DEVICE bool is_end() const { return tile.tile < 0; }
+};
+
+}  // namespace fa::sm90
