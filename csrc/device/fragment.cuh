@@ -12,6 +12,7 @@
 
 #include "device/smem.cuh"
 #include "ptx/mma_sm80.cuh"
+#include "ptx/stmatrix.cuh"
 
 namespace fa::device {
 
@@ -30,23 +31,6 @@ FA_DEVICE float row_max(float value) {
 FA_DEVICE float row_sum(float value) {
   value += __shfl_xor_sync(~0u, value, 1);
   return value + __shfl_xor_sync(~0u, value, 2);
-}
-
-// Value i of lane j of each quad becomes value j of its lane i. lane: in the quad.
-FA_DEVICE void transpose_in_quad(uint32_t (&values)[4], int lane) {
-#pragma unroll
-  for (int distance = 2; distance > 0; distance /= 2) {
-    const bool is_upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & distance) == 0) {
-        uint32_t& low = values[i];
-        uint32_t& high = values[i + distance];
-        const uint32_t received = __shfl_xor_sync(~0u, is_upper ? low : high, distance);
-        (is_upper ? low : high) = received;
-      }
-    }
-  }
 }
 
 template <int kRowsOfTile, int kColsOfTile, int kStrideOfRows = kBlockRows,
@@ -128,6 +112,20 @@ struct Accumulator {
 template <typename Element, int kRows, int kDepth>
 struct OperandA {
   uint32_t r[kRows / kBlockRows][kDepth / kMmaDepth][4];
+
+  // Into registers of its own, whatever becomes of `other`.
+  FA_DEVICE void copy(const OperandA& other) {
+#pragma unroll
+    for (int a = 0; a < kRows / kBlockRows; ++a) {
+#pragma unroll
+      for (int step = 0; step < kDepth / kMmaDepth; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          r[a][step][i] = ptx::opaque(other.r[a][step][i]);
+        }
+      }
+    }
+  }
 };
 
 // Where a lane points in a tile for ldmatrix, which loads four 8x8 blocks of a 16x16 area, and what
@@ -153,6 +151,9 @@ class LanePointer {
   }
   FA_DEVICE void load_transposed(uint32_t (&r_blocks)[4], int rows, int cols) const {
     ptx::ldmatrix_x4_trans(r_blocks, at(rows, cols));
+  }
+  FA_DEVICE void store(const uint32_t (&r_blocks)[4], int rows, int cols) const {
+    ptx::stmatrix_x4(at(rows, cols), r_blocks);
   }
 
  private:

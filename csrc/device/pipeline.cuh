@@ -48,14 +48,16 @@ class RingPosition {
     ptx::mbarrier_wait(s_ring.full[stage()], parity());
   }
 
-  // Consumer, by all lanes of each warp.
-  FA_DEVICE void release(Ring<kStages>& s_ring) const {
-    if (ptx::lane_index() == 0) {
-      ptx::mbarrier_arrive(s_ring.empty[stage()]);
-    }
-  }
+  // Consumer, by all lanes of each warp: this stage, or the one before it.
+  FA_DEVICE void release(Ring<kStages>& s_ring) const { release(s_ring, passed_); }
+  FA_DEVICE void release_previous(Ring<kStages>& s_ring) const { release(s_ring, passed_ - 1); }
 
  private:
+  FA_DEVICE static void release(Ring<kStages>& s_ring, uint32_t passed) {
+    if (ptx::lane_index() == 0) {
+      ptx::mbarrier_arrive(s_ring.empty[passed % kStages]);
+    }
+  }
   FA_DEVICE uint32_t parity() const { return passed_ / kStages % 2; }
 
   uint32_t passed_ = 0;  // stages; wraps around where the number of stages is a power of two

@@ -46,19 +46,19 @@ class SpeculativeSoftmax {
     add(sums);
   }
 
-  // A further tile. Calls rescale_sums(factors) where what was summed from earlier tiles must be
-  // multiplied by a factor for each row. By whole warps.
-  template <typename Scores, typename Probabilities, typename RescaleSums>
-  FA_DEVICE void next(const Scores& r_scores, Probabilities& r_p, RescaleSums&& rescale_sums) {
+  // A further tile, by whole warps. True if m was raised: what was summed from earlier tiles must
+  // then be multiplied by `rescale`.
+  template <typename Scores, typename Probabilities>
+  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale) {
     RowValues sums;
     exponentiate(r_scores, r_p, sums);
-    if (__any_sync(~0u, is_above(sums))) {
-      RowValues rescale;
+    const bool raises = __any_sync(~0u, is_above(sums));
+    if (raises) {
       raise(r_scores, sums, rescale);
-      rescale_sums(rescale);
       exponentiate(r_scores, r_p, sums);
     }
     add(sums);
+    return raises;
   }
 
   // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.

@@ -27,46 +27,48 @@
 
 namespace fa::sm90 {
 
-// What TMA must know of the tensors.
+// What TMA must know of the tensors: q in boxes of a warpgroup's rows, out of a warp's.
 struct FwdTensorMaps {
   CUtensorMap q;
   CUtensorMap k;
   CUtensorMap v;
+  CUtensorMap out;
 };
 
-// By one warp: fills the next stage of a ring.
-template <typename Tile, int kRingStages>
-FA_DEVICE void load_tile(Tile (&s_tiles)[kRingStages], device::Ring<kRingStages>& s_ring,
-                         device::RingPosition<kRingStages>& at, const CUtensorMap& map, int row,
-                         int head, int batch) {
+// By one warp: copies rows of a tensor to rows [first, first + kRows) of a stage of a ring.
+template <int kRows, typename Tile, int kRingStages>
+FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<kRingStages>& s_ring,
+                         const device::RingPosition<kRingStages>& at, const CUtensorMap& map,
+                         int row, int head, int batch) {
   at.wait_empty(s_ring);
   if (ptx::lane_index() == 0) {
-    uint64_t& s_full = at.expect(s_ring, sizeof(Tile));
+    uint64_t& s_full = at.expect(s_ring, sizeof(Tile) / Tile::kRows * kRows);
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ptx::tma_load(s_tiles[at.stage()].elements + panel * Tile::kRows * Tile::kPanelCols, &map,
-                    {panel * Tile::kPanelCols, row, head, batch}, s_full);
+      ptx::tma_load(
+          s_tiles[at.stage()].elements + (panel * Tile::kRows + first) * Tile::kPanelCols, &map,
+          {panel * Tile::kPanelCols, row, head, batch}, s_full);
     }
   }
   __syncwarp();
-  at.advance();
 }
 
 // The loading warp.
 template <typename Traits>
 FA_DEVICE void load_tiles(const FwdParams& params, const FwdTensorMaps& maps,
                           const Schedule& schedule, typename Traits::SharedMemory& s) {
+  constexpr int kTileN = Traits::kTileN;
   device::RingPosition<kStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
   const auto publish = [&](const FwdWork& work) {
     work_at.wait_empty(s.work_ring);
+    s.work[work_at.stage()].publish(work);
+    __syncwarp();
     if (ptx::lane_index() == 0) {
-      s.work[work_at.stage()] = work;
       work_at.fill(s.work_ring);
     }
-    __syncwarp();
     work_at.advance();
   };
   const auto take = [&] {
@@ -74,8 +76,7 @@ FA_DEVICE void load_tiles(const FwdParams& params, const FwdTensorMaps& maps,
     return __shfl_sync(~0u, item, 0);
   };
   for (int64_t item = blockIdx.x; item < schedule.tiles.count(); item = take()) {
-    const FwdWork work =
-        FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
+    const FwdWork work = FwdWork::of_item<Traits::kTileM, kTileN>(params, schedule, item);
     if (!work.exists()) {
       continue;
     }
@@ -83,23 +84,34 @@ FA_DEVICE void load_tiles(const FwdParams& params, const FwdTensorMaps& maps,
     if (work.key_tiles.empty()) {
       continue;
     }
-    const int head_kv = work.tile.head / params.shape.group_size();
+    const int head = work.tile.head;
+    const int head_kv = head / params.shape.group_size();
     const int batch_q = params.queries.cu_seqlens == nullptr ? work.tile.batch : 0;
     const int batch_k = params.keys.cu_seqlens == nullptr ? work.tile.batch : 0;
-    load_tile(s.q, s.q_ring, q_at, maps.q, work.queries.begin + work.first_query, work.tile.head,
-              batch_q);
-    for (int j = work.key_tiles.end - 1; j >= work.key_tiles.begin - 1; --j) {
-      const int row = work.keys.begin + j * Traits::kTileN;
-      if (j >= work.key_tiles.begin) {
-        load_tile(s.k, s.k_ring, k_at, maps.k, row, head_kv, batch_k);
-      }
-      if (j + 1 < work.key_tiles.end) {
-        load_tile(s.v, s.v_ring, v_at, maps.v, row + Traits::kTileN, head_kv, batch_k);
-      }
+    const auto load_keys = [&](int j) {
+      load_rows<kTileN>(s.k, 0, s.k_ring, k_at, maps.k, work.keys.begin + j * kTileN, head_kv,
+                        batch_k);
+      k_at.advance();
+    };
+    const auto load_values = [&](int j) {
+      load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, work.keys.begin + j * kTileN, head_kv,
+                        batch_k);
+      v_at.advance();
+    };
+    load_keys(work.key_tiles.end - 1);
+    for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
+      const int row = warpgroup * device::kWarpgroupRows;
+      load_rows<device::kWarpgroupRows>(s.q, row, s.q_ring[warpgroup], q_at, maps.q,
+                                        work.queries.begin + work.first_query + row, head, batch_q);
     }
+    q_at.advance();
+    for (int j = work.key_tiles.end - 2; j >= work.key_tiles.begin; --j) {
+      load_keys(j);
+      load_values(j + 1);
+    }
+    load_values(work.key_tiles.begin);
   }
-  FwdWork end = {.tile = {-1, 0, 0}, .window = params.window};
-  publish(end);
+  publish({.tile = {-1, 0, 0}, .window = params.window});
   if (ptx::lane_index() == 0) {
     finish_taking(schedule);
   }
@@ -162,35 +174,47 @@ FA_DEVICE void negate_rows(Tile& s_tile, int first, int thread, int barrier) {
   ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
 }
 
-// A warp's rows of out to global memory. Two rounds of exchange give each lane of a quad, which
-// holds pairs of columns of every block, all of one block in four: 16 bytes.
-template <typename Element, typename Out>
-FA_DEVICE void store_rows(const Out& r_out, const device::GlobalTile<Element>& destination) {
-  const int lane = ptx::lane_index() % 4;
+// By one warp: sets 16 bytes after 16 bytes of at most 16 rows to units(row, col).
+template <typename Element, typename Units>
+FA_DEVICE void for_each_unit(const device::GlobalTile<Element>& destination, Units&& units) {
+  constexpr int kUnitElements = 16 / sizeof(Element);
+  const int units_per_row = destination.cols / kUnitElements;
+  const int rows = min(destination.rows, device::kBlockRows);
+  for (int unit = ptx::lane_index(); unit < rows * units_per_row; unit += ptx::kWarpSize) {
+    const int row = unit / units_per_row;
+    const int col = unit % units_per_row * kUnitElements;
+    *reinterpret_cast<uint4*>(destination.at(row, col)) = units(row, col);
+  }
+}
+
+// A warp's 16 rows of a shared tile, from `row` on, to out: all of them by TMA, or fewer, where the
+// sequence ends among them, by its lanes.
+template <typename Tile, typename Element>
+FA_DEVICE void store_rows(const Tile& s_tile, int row, const CUtensorMap& map,
+                          const ptx::BoxOrigin& origin,
+                          const device::GlobalTile<Element>& destination) {
+  ptx::fence_async_proxy();
+  __syncwarp();
+  if (destination.rows >= device::kBlockRows) {
+    if (ptx::lane_index() == 0) {
 #pragma unroll
-  for (int block = 0; block < Out::kColBlocks; block += 4) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pairs[i] = ptx::convert_pair<Element>(r_out.r[0][block + i][2 * half],
-                                              r_out.r[0][block + i][2 * half + 1]);
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        ptx::tma_store(&map, {panel * Tile::kPanelCols, origin.row, origin.head, origin.batch},
+                       s_tile.elements + (panel * Tile::kRows + row) * Tile::kPanelCols);
       }
-      device::transpose_in_quad(pairs, lane);
-      const int row = Out::row(half);
-      const int col = Out::first_col(block + lane);
-      if (row < destination.rows && col < destination.cols) {
-        *reinterpret_cast<uint4*>(destination.at(row, col)) = {pairs[0], pairs[1], pairs[2],
-                                                               pairs[3]};
-      }
+      ptx::tma_commit();
     }
+  } else {
+    for_each_unit<Element>(destination, [&](int unit_row, int col) {
+      return *reinterpret_cast<const uint4*>(s_tile.elements + Tile::offset(row + unit_row, col));
+    });
   }
 }
 
 // A math warpgroup.
 template <typename Traits>
-FA_DEVICE void attend(const FwdParams& params, typename Traits::SharedMemory& s, int warpgroup) {
+FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
+                      typename Traits::SharedMemory& s, int warpgroup) {
   using Element = typename Traits::Element;
   using Out = typename Traits::Out;
   constexpr int kTileN = Traits::kTileN;
@@ -208,160 +232,206 @@ FA_DEVICE void attend(const FwdParams& params, typename Traits::SharedMemory& s,
   const bool others_follow = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
 
   const Turns<Traits> turns(warpgroup);
+  auto& s_q_ring = s.q_ring[warpgroup];
   device::RingPosition<kStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
-  const auto skip_key_tile = [&] {
-    k_at.wait(s.k_ring);
+  const auto release_key_tile = [&] {
     k_at.release(s.k_ring);
     k_at.advance();
   };
-  const auto skip_value_tile = [&] {
-    v_at.wait(s.v_ring);
+  const auto release_value_tile = [&] {
     v_at.release(s.v_ring);
     v_at.advance();
   };
+  const auto skip_key_tile = [&] {
+    k_at.wait(s.k_ring);
+    release_key_tile();
+  };
+  const auto skip_value_tile = [&] {
+    v_at.wait(s.v_ring);
+    release_value_tile();
+  };
+  // out is stored from the shared memory of its queries, which the next but one are to replace.
+  bool is_stored = true;
+  const auto finish_store = [&] {
+    if (!is_stored) {
+      if (ptx::lane_index() == 0) {
+        ptx::tma_wait_read();
+      }
+      __syncwarp();
+      q_at.release_previous(s_q_ring);
+      is_stored = true;
+    }
+  };
 
-  for (;;) {
+  for (;; work_at.release(s.work_ring), work_at.advance()) {
     work_at.wait(s.work_ring);
-    const FwdWork& s_work = s.work[work_at.stage()];
+    const auto& s_work = s.work[work_at.stage()];
     if (s_work.is_end()) {
       break;
     }
-    const WindowMask window = s_work.window;
-    const int first_query = ptx::uniform(s_work.first_query);
-    const int first_tile = ptx::uniform(s_work.key_tiles.begin);
-    const int tiles_end = ptx::uniform(s_work.key_tiles.end);
-
-    // Of those tiles, the ones that this warpgroup sees, and of these the ones that need no mask.
-    const int warpgroup_query = first_query + warpgroup_row;
-    const int warp_query = first_query + warp_row;
-    const Range rows = {warpgroup_query, warpgroup_query + device::kWarpgroupRows};
-    const Range seen = FwdWork::tiles_seen_by_any<kTileN>(window, rows);
-    const Range unmasked = FwdWork::tiles_seen_by_all<kTileN>(window, rows);
-    const int seen_begin = ptx::uniform(seen.begin);
-    const int seen_end = ptx::uniform(seen.end);
-
-    Out r_out;  // not yet normalized
+    const Range key_tiles = {ptx::uniform(s_work.key_tiles.begin),
+                             ptx::uniform(s_work.key_tiles.end)};
+    // Of these tiles, the ones that this warpgroup sees, and of those the ones that need no mask.
+    const Range seen = {ptx::uniform(s_work.seen[warpgroup].begin),
+                        ptx::uniform(s_work.seen[warpgroup].end)};
+    const Range unmasked = {ptx::uniform(s_work.unmasked[warpgroup].begin),
+                            ptx::uniform(s_work.unmasked[warpgroup].end)};
+    const int warp_query = ptx::uniform(s_work.first_query) + warp_row;
+    const auto store_lse = [&](const typename Out::RowValues& lse) {
+      const auto [tile, head, batch] = s_work.tile;
+      device::store_row_values<Out>(
+          lse, params.softmax_lse.row<float>(batch, head) + s_work.queries.begin, warp_query,
+          s_work.queries.length);
+    };
+    const auto out_rows = [&] {
+      const auto [tile, head, batch] = s_work.tile;
+      return device::global_tile<Element>(params.out, s_work.queries, batch, warp_query, head,
+                                          params.shape.head_dim);
+    };
+    device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
     typename Out::RowValues lse;
     typename Out::RowValues normalizer;
-    r_out.clear();
-    device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
-    if (first_tile < tiles_end) {
-      q_at.wait(s.q_ring);
-    }
-    if (seen_begin < seen_end) {
-      const auto& s_q = s.q[q_at.stage()];
-      if (softmax_scale < 0.0f) {
-        negate_rows(s.q[q_at.stage()], warpgroup_row, thread, warpgroup_barrier);
-      }
-      for (int j = tiles_end; j > seen_end; --j) {
-        skip_key_tile();
-      }
 
-      // The scores of the last tile.
-      int j = seen_end - 1;
-      typename Traits::Probabilities r_p;
-      {
-        typename Traits::Scores r_scores;
-        k_at.wait(s.k_ring);
-        ptx::wgmma_fence();
-        device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(r_scores.r[0]);
-        k_at.release(s.k_ring);
-        k_at.advance();
-        if (j < unmasked.begin || j >= unmasked.end) {
-          device::keep_visible(r_scores, window, warp_query, j * kTileN, -INFINITY);
-        }
-        softmax.begin(r_scores, r_p);
-      }
-      for (int skipped = tiles_end; skipped > seen_end; --skipped) {
-        skip_value_tile();
-        turns.pass();
-      }
-      const int rows_of_last = window.seqlen_k() - j * kTileN;
-      if (rows_of_last < kTileN && others_follow) {
-        v_at.wait(s.v_ring);
-        clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
-      }
-
-      const auto step = [&](auto masked) {
-        typename Traits::Scores r_scores;
-        v_at.wait(s.v_ring);
-        k_at.wait(s.k_ring);
-        turns.begin();
-        ptx::wgmma_fence();
-        device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
-        device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
-        ptx::wgmma_commit();
-        turns.end();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(r_out.r[0]);
-        ptx::wgmma_pin(r_scores.r[0]);
-        v_at.release(s.v_ring);
-        v_at.advance();
-        k_at.release(s.k_ring);
-        k_at.advance();
-        if constexpr (decltype(masked)::value) {
-          device::keep_visible(r_scores, window, warp_query, j * kTileN, -INFINITY);
-        }
-        softmax.next(r_scores, r_p, [&](const auto& rescale) { r_out.scale_rows(rescale); });
-      };
-      for (--j; j >= seen_begin && j >= unmasked.end; --j) {
-        step(std::true_type{});
-      }
-      for (; j >= seen_begin && j >= unmasked.begin; --j) {
-        step(std::false_type{});
-      }
-      for (; j >= seen_begin; --j) {
-        step(std::true_type{});
-      }
-
-      v_at.wait(s.v_ring);
-      ptx::wgmma_fence();
-      device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
-      ptx::wgmma_commit();
-      q_at.release(s.q_ring);
-      q_at.advance();
-      softmax.finalize(lse, normalizer);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_out.r[0]);
-      v_at.release(s.v_ring);
-      v_at.advance();
-      for (; j >= first_tile; --j) {
+    if (seen.empty()) {
+      for (int j = key_tiles.end - 1; j >= key_tiles.begin; --j) {
         skip_key_tile();
         skip_value_tile();
-        turns.pass();
-      }
-    } else {
-      for (int j = tiles_end; j > first_tile; --j) {
-        skip_key_tile();
-        skip_value_tile();
-        if (j < tiles_end) {
+        if (j > key_tiles.begin) {
           turns.pass();
         }
       }
-      if (first_tile < tiles_end) {
-        q_at.release(s.q_ring);
+      finish_store();
+      if (!key_tiles.empty()) {
+        q_at.wait(s_q_ring);
         q_at.advance();
+        q_at.release_previous(s_q_ring);
       }
       softmax.finalize(lse, normalizer);
+      store_lse(lse);
+      for_each_unit<Element>(out_rows(), [](int, int) { return uint4{0, 0, 0, 0}; });
+      continue;
+    }
+
+    for (int skipped = key_tiles.end; skipped > seen.end; --skipped) {
+      skip_key_tile();
+    }
+    const auto& s_q = s.q[q_at.stage()];
+    q_at.wait(s_q_ring);
+    if (softmax_scale < 0.0f) {
+      negate_rows(s.q[q_at.stage()], warpgroup_row, thread, warpgroup_barrier);
+    }
+
+    // The scores of the last tile.
+    int j = seen.end - 1;
+    typename Traits::Probabilities r_p;
+    {
+      typename Traits::Scores r_scores;
+      k_at.wait(s.k_ring);
+      ptx::wgmma_fence();
+      device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_scores.r[0]);
+      release_key_tile();
+      finish_store();
+      if (j < unmasked.begin || j >= unmasked.end) {
+        device::keep_visible(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
+      }
+      softmax.begin(r_scores, r_p);
+    }
+    for (int skipped = key_tiles.end; skipped > seen.end; --skipped) {
+      skip_value_tile();
+      turns.pass();
+    }
+    const int rows_of_last = s_work.window.seqlen_k() - j * kTileN;
+    if (rows_of_last < kTileN && others_follow) {
+      v_at.wait(s.v_ring);
+      clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
+    }
+
+    Out r_out;  // not yet normalized
+    r_out.clear();
+    const auto step = [&](auto masked) {
+      typename Traits::Scores r_scores;
+      typename Traits::Probabilities r_next;
+      typename Out::RowValues rescale;
+      k_at.wait(s.k_ring);
+      v_at.wait(s.v_ring);
+      turns.begin();
+      ptx::wgmma_fence();
+      device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
+      ptx::wgmma_commit();
+      device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
+      ptx::wgmma_commit();
+      turns.end();
+      if constexpr (Traits::kOverlapsSoftmax) {
+        ptx::wgmma_wait<1>();
+      } else {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_out.r[0]);
+      }
+      ptx::wgmma_pin(r_scores.r[0]);
+      release_key_tile();
+      if constexpr (decltype(masked)::value) {
+        device::keep_visible(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
+      }
+      const bool raised =
+          softmax.next(r_scores, Traits::kOverlapsSoftmax ? r_next : r_p, rescale);
+      if constexpr (Traits::kOverlapsSoftmax) {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_out.r[0]);
+      }
+      release_value_tile();
+      if (raised) {
+        r_out.scale_rows(rescale);
+      }
+      if constexpr (Traits::kOverlapsSoftmax) {
+        r_p.copy(r_next);
+      }
+    };
+    for (--j; j >= seen.begin && j >= unmasked.end; --j) {
+      step(std::true_type{});
+    }
+    for (; j >= seen.begin && j >= unmasked.begin; --j) {
+      step(std::false_type{});
+    }
+    for (; j >= seen.begin; --j) {
+      step(std::true_type{});
+    }
+
+    v_at.wait(s.v_ring);
+    ptx::wgmma_fence();
+    device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
+    ptx::wgmma_commit();
+    softmax.finalize(lse, normalizer);
+    store_lse(lse);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(r_out.r[0]);
+    release_value_tile();
+    for (; j >= key_tiles.begin; --j) {
+      skip_key_tile();
+      skip_value_tile();
+      turns.pass();
     }
 
     r_out.scale_rows(normalizer);
-    const auto [tile, head, batch] = s_work.tile;
-    device::store_row_values<Out>(
-        lse, params.softmax_lse.row<float>(batch, head) + s_work.queries.begin, warp_query,
-        s_work.queries.length);
-    store_rows<Element>(r_out, device::global_tile<Element>(params.out, s_work.queries, batch,
-                                                            warp_query, head,
-                                                            params.shape.head_dim));
-    __syncwarp();
-    work_at.release(s.work_ring);
-    work_at.advance();
+    ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
+    device::store_blocks(r_out, s.q[q_at.stage()], warp_row);
+    store_rows(s.q[q_at.stage()], warp_row, maps.out,
+               {0, s_work.queries.begin + warp_query, s_work.tile.head,
+                params.queries.cu_seqlens == nullptr ? s_work.tile.batch : 0},
+               out_rows());
+    q_at.advance();
+    is_stored = false;
+    if constexpr (Traits::kQStages == 1) {
+      finish_store();
+    }
+  }
+  if (ptx::lane_index() == 0) {
+    ptx::tma_wait();
   }
 }
 
@@ -372,11 +442,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& s = device::shared_memory<typename Traits::SharedMemory>();
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) {
       ptx::prefetch_tensor_map(map);
     }
     s.work_ring.init(Traits::kMathWarps);
-    s.q_ring.init(Traits::kMathWarps);
+    for (auto& s_ring : s.q_ring) {
+      s_ring.init(Traits::kMathWarps / Traits::kMathWarpgroups);
+    }
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
     ptx::fence_mbarrier_init();
@@ -390,7 +462,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     ptx::grow_registers<Traits::kMathRegisters>();
-    attend<Traits>(params, s, warpgroup - 1);
+    attend<Traits>(params, maps, s, warpgroup - 1);
   }
 #endif
 }

@@ -5,6 +5,7 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/pipeline.cuh"
+#include "device/warpgroup_mma.cuh"
 
 namespace fa::sm90 {
 
@@ -76,6 +77,27 @@ struct FwdWork {
 
   // Stands behind the last item.
   FA_DEVICE bool is_end() const { return tile.tile < 0; }
+};
+
+// The same in shared memory, with what each math warpgroup sees.
+template <int kWarpgroups, int kTileN>
+struct SharedFwdWork : FwdWork {
+  Range seen[kWarpgroups];
+  Range unmasked[kWarpgroups];
+
+  // By one warp.
+  FA_DEVICE void publish(const FwdWork& work) {
+    const int warpgroup = ptx::lane_index();
+    if (warpgroup == 0) {
+      static_cast<FwdWork&>(*this) = work;
+    }
+    if (warpgroup < kWarpgroups) {
+      const int first = work.first_query + warpgroup * device::kWarpgroupRows;
+      const Range rows = {first, first + device::kWarpgroupRows};
+      seen[warpgroup] = tiles_seen_by_any<kTileN>(work.window, rows);
+      unmasked[warpgroup] = tiles_seen_by_all<kTileN>(work.window, rows);
+    }
+  }
 };
 
 }  // namespace fa::sm90

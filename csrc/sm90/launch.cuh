@@ -41,7 +41,8 @@ FwdTensorMaps tensor_maps(const FwdParams& params) {
   const auto keys = [&](const TensorView& view) {
     return map(view, params.keys, shape.seqlen_k, shape.num_heads_kv, Traits::kTileN);
   };
-  return {queries(params.q, Traits::kTileM), keys(params.k), keys(params.v)};
+  return {queries(params.q, device::kWarpgroupRows), keys(params.k), keys(params.v),
+          queries(params.out, device::kBlockRows)};
 }
 
 inline WorkCounter* work_counter_hack() {

@@ -35,6 +35,9 @@ struct FwdTraits {
   static constexpr int kProducerRegisters = kMathWarpgroups == 3 ? 32 : 24;
   static constexpr int kMathRegisters = kMathWarpgroups == 3 ? 160 : 240;
 
+  // Whether the registers suffice to compute p while the product of the previous p runs.
+  static constexpr bool kOverlapsSoftmax = kMathWarpgroups == 2;
+
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
 
@@ -51,10 +54,10 @@ struct FwdTraits {
     Rows<kTileN> k[kStages];
     Rows<kTileN> v[kStages];
     device::Ring<kStages> work_ring;
-    device::Ring<kQStages> q_ring;
+    device::Ring<kQStages> q_ring[kMathWarpgroups];
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
-    FwdWork work[kStages];
+    SharedFwdWork<kMathWarpgroups, kTileN> work[kStages];
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);
   static_assert(sizeof(SharedMemory) == kConfig.smem_bytes());
