@@ -41,17 +41,17 @@ struct TileScheduler {
 
   // The last tile first, as above, but tile by tile for `group` neighbouring heads at a time:
   // blocks that run together then have much the same length, and read no more keys than group heads
-  // have. tiles * group fits an int.
-  FA_HOST_DEVICE constexpr WorkTile last_first_of_group(int64_t index, int group) const {
-    const int64_t group_index = divide(index, tiles * group);
-    const int64_t first_head = group_index * group;
-    const int members = static_cast<int>(min(int64_t{group}, int64_t{heads} * batch - first_head));
-    const int in_group = static_cast<int>(index - group_index * (tiles * group));
-    const int tile = in_group / members;
-    const int64_t head_index = first_head + (in_group - tile * members);
-    const int64_t batch_index = divide(head_index, heads);
-    return {tiles - 1 - tile, static_cast<int>(head_index - batch_index * heads),
-            static_cast<int>(batch_index)};
+  // have. tiles * group and count() must fit 32 bits.
+  FA_HOST_DEVICE constexpr WorkTile last_first_of_group(uint32_t index, int group) const {
+    const auto group_items = static_cast<uint32_t>(tiles * group);
+    const uint32_t first_head = index / group_items * static_cast<uint32_t>(group);
+    const auto members = min(static_cast<uint32_t>(group),
+                             static_cast<uint32_t>(int64_t{heads} * batch) - first_head);
+    const uint32_t in_group = index % group_items;
+    const uint32_t head_index = first_head + in_group % members;
+    return {tiles - 1 - static_cast<int>(in_group / members),
+            static_cast<int>(head_index % static_cast<uint32_t>(heads)),
+            static_cast<int>(head_index / static_cast<uint32_t>(heads))};
   }
 
   // All heads of tile 0, then all of tile 1, and so on.
@@ -74,8 +74,8 @@ struct TileScheduler {
 // Counts the items that the blocks of one launch have taken, and the blocks that found none left.
 // Zero between launches.
 struct WorkCounter {
-  unsigned long long taken;  // the type that atomicAdd knows
-  unsigned int finished;
+  uint32_t taken;
+  uint32_t finished;
 };
 
 // A tile of queries of one head.

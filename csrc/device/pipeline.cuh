@@ -48,11 +48,22 @@ class RingPosition {
     ptx::mbarrier_wait(s_ring.full[stage()], parity());
   }
 
+  // Consumer: the same for tiles of two rings.
+  template <int kOtherStages>
+  FA_DEVICE void wait_both(Ring<kStages>& s_ring, const RingPosition<kOtherStages>& other,
+                           Ring<kOtherStages>& s_other) const {
+    ptx::mbarrier_wait_both(s_ring.full[stage()], parity(), s_other.full[other.stage()],
+                            other.parity());
+  }
+
   // Consumer, by all lanes of each warp: this stage, or the one before it.
   FA_DEVICE void release(Ring<kStages>& s_ring) const { release(s_ring, passed_); }
   FA_DEVICE void release_previous(Ring<kStages>& s_ring) const { release(s_ring, passed_ - 1); }
 
  private:
+  template <int>
+  friend class RingPosition;
+
   FA_DEVICE static void release(Ring<kStages>& s_ring, uint32_t passed) {
     if (ptx::lane_index() == 0) {
       ptx::mbarrier_arrive(s_ring.empty[passed % kStages]);

@@ -53,4 +53,17 @@ FA_DEVICE void mbarrier_wait(uint64_t& s_barrier, uint32_t parity) {
   }
 }
 
+// Both are tried before either is waited for, which hides the time that the second takes to answer.
+FA_DEVICE void mbarrier_wait_both(uint64_t& s_first, uint32_t first_parity, uint64_t& s_second,
+                                  uint32_t second_parity) {
+  const bool first_done = mbarrier_try_wait(s_first, first_parity);
+  const bool second_done = mbarrier_try_wait(s_second, second_parity);
+  if (!first_done) {
+    mbarrier_wait(s_first, first_parity);
+  }
+  if (!second_done) {
+    mbarrier_wait(s_second, second_parity);
+  }
+}
+
 }  // namespace fa::ptx

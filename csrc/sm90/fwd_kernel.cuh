@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Forward on Hopper: out = softmax(scale * q k^T + mask) v and its log-sum-exp. As many blocks as
 // multiprocessors take tiles of queries of one head until none is left. In a block,
-//   warpgroup 0 loads: one of its warps takes the work, says in a ring of its own what it is, and
-//   has TMA copy tiles of q, k and v through three more rings;
+//   warpgroup 0 loads: one of its warps takes the work, tells of it through a ring, and has TMA copy
+//   the queries; another has TMA copy tiles of keys and values, through rings as well;
 //   the others compute: each owns 64 rows of queries. Scores and out are its wgmma accumulators,
 //   and p goes from accumulators to an A operand without leaving the lane.
 //
@@ -27,7 +27,7 @@
 
 namespace fa::sm90 {
 
-// What TMA must know of the tensors: q in boxes of a warpgroup's rows, out of a warp's.
+// What TMA must know of the tensors; q and out in boxes of a warpgroup's rows.
 struct FwdTensorMaps {
   CUtensorMap q;
   CUtensorMap k;
@@ -53,67 +53,96 @@ FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<k
   __syncwarp();
 }
 
-// The loading warp.
+// Takes the work and loads queries, by one warp.
 template <typename Traits>
-FA_DEVICE void load_tiles(const FwdParams& params, const FwdTensorMaps& maps,
-                          const Schedule& schedule, typename Traits::SharedMemory& s) {
-  constexpr int kTileN = Traits::kTileN;
+FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
+                            const Schedule& schedule, typename Traits::SharedMemory& s) {
   device::RingPosition<kStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
-  device::RingPosition<kStages> k_at;
-  device::RingPosition<kStages> v_at;
-  const auto publish = [&](const FwdWork& work) {
+  device::RingPosition<1> last_tile_at;
+  const auto publish = [&](const FwdWork& work) -> const FwdWork& {
     work_at.wait_empty(s.work_ring);
-    s.work[work_at.stage()].publish(work);
+    auto& s_work = s.work[work_at.stage()];
+    s_work.write(params, work);
     __syncwarp();
     if (ptx::lane_index() == 0) {
       work_at.fill(s.work_ring);
     }
     work_at.advance();
+    return s_work;
   };
   const auto take = [&] {
-    const int64_t item = ptx::lane_index() == 0 ? take_item(schedule) : 0;
+    const uint32_t item = ptx::lane_index() == 0 ? take_item(schedule) : 0;
     return __shfl_sync(~0u, item, 0);
   };
-  for (int64_t item = blockIdx.x; item < schedule.tiles.count(); item = take()) {
-    const FwdWork work = FwdWork::of_item<Traits::kTileM, kTileN>(params, schedule, item);
+  for (uint32_t item = blockIdx.x; item < schedule.items; item = take()) {
+    const FwdWork work =
+        FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
     if (!work.exists()) {
       continue;
     }
-    publish(work);
-    if (work.key_tiles.empty()) {
-      continue;
+    const FwdWork& s_work = publish(work);
+    if (!s_work.key_tiles.empty()) {
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
+        const int row = warpgroup * device::kWarpgroupRows;
+        load_rows<device::kWarpgroupRows>(s.q, row, s.q_ring[warpgroup], q_at, maps.q,
+                                          s_work.queries.begin + s_work.first_query + row,
+                                          s_work.tile.head, s_work.batch_of_queries(params));
+      }
+      q_at.advance();
     }
-    const int head = work.tile.head;
-    const int head_kv = head / params.shape.group_size();
-    const int batch_q = params.queries.cu_seqlens == nullptr ? work.tile.batch : 0;
-    const int batch_k = params.keys.cu_seqlens == nullptr ? work.tile.batch : 0;
-    const auto load_keys = [&](int j) {
-      load_rows<kTileN>(s.k, 0, s.k_ring, k_at, maps.k, work.keys.begin + j * kTileN, head_kv,
-                        batch_k);
-      k_at.advance();
-    };
-    const auto load_values = [&](int j) {
-      load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, work.keys.begin + j * kTileN, head_kv,
-                        batch_k);
-      v_at.advance();
-    };
-    load_keys(work.key_tiles.end - 1);
-    for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
-      const int row = warpgroup * device::kWarpgroupRows;
-      load_rows<device::kWarpgroupRows>(s.q, row, s.q_ring[warpgroup], q_at, maps.q,
-                                        work.queries.begin + work.first_query + row, head, batch_q);
-    }
-    q_at.advance();
-    for (int j = work.key_tiles.end - 2; j >= work.key_tiles.begin; --j) {
-      load_keys(j);
-      load_values(j + 1);
-    }
-    load_values(work.key_tiles.begin);
+    // An item taken too early would be missed where blocks have run out of work.
+    last_tile_at.wait(s.last_tile);
+    last_tile_at.advance();
   }
   publish({.tile = {-1, 0, 0}, .window = params.window});
   if (ptx::lane_index() == 0) {
     finish_taking(schedule);
+  }
+}
+
+// Loads keys and values, by one warp.
+template <typename Traits>
+FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps& maps,
+                                    typename Traits::SharedMemory& s) {
+  constexpr int kTileN = Traits::kTileN;
+  device::RingPosition<kStages> work_at;
+  device::RingPosition<kStages> k_at;
+  device::RingPosition<kStages> v_at;
+  device::RingPosition<1> last_tile_at;
+  for (;; work_at.advance()) {
+    work_at.wait(s.work_ring);
+    const FwdWork& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    const int head = ptx::uniform(s_work.tile.head / params.shape.group_size());
+    const int batch = ptx::uniform(s_work.batch_of_keys(params));
+    const int first_key = ptx::uniform(s_work.keys.begin);
+    const int tiles_begin = ptx::uniform(s_work.key_tiles.begin);
+    const int tiles_end = ptx::uniform(s_work.key_tiles.end);
+    work_at.release(s.work_ring);
+    const auto load_keys = [&](int j) {
+      load_rows<kTileN>(s.k, 0, s.k_ring, k_at, maps.k, first_key + j * kTileN, head, batch);
+      k_at.advance();
+    };
+    const auto load_values = [&](int j) {
+      load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, first_key + j * kTileN, head, batch);
+      v_at.advance();
+    };
+    for (int j = tiles_end - 1; j >= tiles_begin; --j) {
+      load_keys(j);
+      if (j + 1 < tiles_end) {
+        load_values(j + 1);
+      }
+    }
+    if (ptx::lane_index() == 0) {
+      last_tile_at.fill(s.last_tile);
+    }
+    if (tiles_begin < tiles_end) {
+      load_values(tiles_begin);
+    }
   }
 }
 
@@ -174,9 +203,21 @@ FA_DEVICE void negate_rows(Tile& s_tile, int first, int thread, int barrier) {
   ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
 }
 
-// By one warp: sets 16 bytes after 16 bytes of at most 16 rows to units(row, col).
+// By one thread: a warpgroup's rows of a shared tile to where their box begins.
+template <typename Tile>
+FA_DEVICE void store_tile(const Tile& s_tile, int row, const CUtensorMap& map,
+                          const ptx::BoxOrigin& origin) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::tma_store(&map, {panel * Tile::kPanelCols, origin.row, origin.head, origin.batch},
+                   s_tile.elements + (panel * Tile::kRows + row) * Tile::kPanelCols);
+  }
+  ptx::tma_commit();
+}
+
+// By one warp: 16 bytes after 16 bytes of at most 16 rows become units(row, col).
 template <typename Element, typename Units>
-FA_DEVICE void for_each_unit(const device::GlobalTile<Element>& destination, Units&& units) {
+FA_DEVICE void store_units(const device::GlobalTile<Element>& destination, Units&& units) {
   constexpr int kUnitElements = 16 / sizeof(Element);
   const int units_per_row = destination.cols / kUnitElements;
   const int rows = min(destination.rows, device::kBlockRows);
@@ -187,36 +228,13 @@ FA_DEVICE void for_each_unit(const device::GlobalTile<Element>& destination, Uni
   }
 }
 
-// A warp's 16 rows of a shared tile, from `row` on, to out: all of them by TMA, or fewer, where the
-// sequence ends among them, by its lanes.
-template <typename Tile, typename Element>
-FA_DEVICE void store_rows(const Tile& s_tile, int row, const CUtensorMap& map,
-                          const ptx::BoxOrigin& origin,
-                          const device::GlobalTile<Element>& destination) {
-  ptx::fence_async_proxy();
-  __syncwarp();
-  if (destination.rows >= device::kBlockRows) {
-    if (ptx::lane_index() == 0) {
-#pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        ptx::tma_store(&map, {panel * Tile::kPanelCols, origin.row, origin.head, origin.batch},
-                       s_tile.elements + (panel * Tile::kRows + row) * Tile::kPanelCols);
-      }
-      ptx::tma_commit();
-    }
-  } else {
-    for_each_unit<Element>(destination, [&](int unit_row, int col) {
-      return *reinterpret_cast<const uint4*>(s_tile.elements + Tile::offset(row + unit_row, col));
-    });
-  }
-}
-
 // A math warpgroup.
 template <typename Traits>
 FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                       typename Traits::SharedMemory& s, int warpgroup) {
   using Element = typename Traits::Element;
   using Out = typename Traits::Out;
+  using QueryTile = typename Traits::template Rows<Traits::kTileM>;
   constexpr int kTileN = Traits::kTileN;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
@@ -253,17 +271,16 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     v_at.wait(s.v_ring);
     release_value_tile();
   };
-  // out is stored from the shared memory of its queries, which the next but one are to replace.
-  bool is_stored = true;
+  // out leaves from the shared memory of its queries, which is free only then.
+  bool is_leaving = false;
   const auto finish_store = [&] {
-    if (!is_stored) {
-      if (ptx::lane_index() == 0) {
+    if (is_leaving && thread < ptx::kWarpSize) {
+      if (thread == 0) {
         ptx::tma_wait_read();
       }
-      __syncwarp();
       q_at.release_previous(s_q_ring);
-      is_stored = true;
     }
+    is_leaving = false;
   };
 
   for (;; work_at.release(s.work_ring), work_at.advance()) {
@@ -279,12 +296,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                         ptx::uniform(s_work.seen[warpgroup].end)};
     const Range unmasked = {ptx::uniform(s_work.unmasked[warpgroup].begin),
                             ptx::uniform(s_work.unmasked[warpgroup].end)};
-    const int warp_query = ptx::uniform(s_work.first_query) + warp_row;
+    const int first_query = ptx::uniform(s_work.first_query);
+    const int warp_query = first_query + warp_row;
     const auto store_lse = [&](const typename Out::RowValues& lse) {
-      const auto [tile, head, batch] = s_work.tile;
-      device::store_row_values<Out>(
-          lse, params.softmax_lse.row<float>(batch, head) + s_work.queries.begin, warp_query,
-          s_work.queries.length);
+      device::store_row_values<Out>(lse, s_work.lse, warp_query, s_work.queries.length);
     };
     const auto out_rows = [&] {
       const auto [tile, head, batch] = s_work.tile;
@@ -307,11 +322,12 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       if (!key_tiles.empty()) {
         q_at.wait(s_q_ring);
         q_at.advance();
-        q_at.release_previous(s_q_ring);
+        is_leaving = true;
+        finish_store();
       }
       softmax.finalize(lse, normalizer);
       store_lse(lse);
-      for_each_unit<Element>(out_rows(), [](int, int) { return uint4{0, 0, 0, 0}; });
+      store_units(out_rows(), [](int, int) { return uint4{0, 0, 0, 0}; });
       continue;
     }
 
@@ -358,8 +374,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       typename Traits::Scores r_scores;
       typename Traits::Probabilities r_next;
       typename Out::RowValues rescale;
-      k_at.wait(s.k_ring);
-      v_at.wait(s.v_ring);
+      k_at.wait_both(s.k_ring, v_at, s.v_ring);
       turns.begin();
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
@@ -418,19 +433,32 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     }
 
     r_out.scale_rows(normalizer);
+    auto& s_out = s.q[q_at.stage()];
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-    device::store_blocks(r_out, s.q[q_at.stage()], warp_row);
-    store_rows(s.q[q_at.stage()], warp_row, maps.out,
-               {0, s_work.queries.begin + warp_query, s_work.tile.head,
-                params.queries.cu_seqlens == nullptr ? s_work.tile.batch : 0},
-               out_rows());
+    device::store_blocks(r_out, s_out, warp_row);
+    ptx::fence_async_proxy();
+    if (first_query + warpgroup_row + device::kWarpgroupRows <= s_work.queries.length) {
+      ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
+      if (thread == 0) {
+        store_tile(s_out, warpgroup_row, maps.out,
+                   {0, s_work.queries.begin + first_query + warpgroup_row, s_work.tile.head,
+                    s_work.batch_of_queries(params)});
+      }
+    } else {
+      __syncwarp();
+      store_units(out_rows(), [&](int row, int col) {
+        return *reinterpret_cast<const uint4*>(s_out.elements +
+                                               QueryTile::offset(warp_row + row, col));
+      });
+      ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
+    }
     q_at.advance();
-    is_stored = false;
+    is_leaving = true;
     if constexpr (Traits::kQStages == 1) {
       finish_store();
     }
   }
-  if (ptx::lane_index() == 0) {
+  if (thread == 0) {
     ptx::tma_wait();
   }
 }
@@ -445,10 +473,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) {
       ptx::prefetch_tensor_map(map);
     }
-    s.work_ring.init(Traits::kMathWarps);
+    s.work_ring.init(Traits::kMathWarps + 1);  // and the warp that loads keys and values
     for (auto& s_ring : s.q_ring) {
-      s_ring.init(Traits::kMathWarps / Traits::kMathWarpgroups);
+      s_ring.init(1);
     }
+    s.last_tile.init(1);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
     ptx::fence_mbarrier_init();
@@ -458,7 +487,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warpgroup == 0) {
     ptx::shrink_registers<Traits::kProducerRegisters>();
     if (ptx::warp_index() == 0) {
-      load_tiles<Traits>(params, maps, schedule, s);
+      load_queries<Traits>(params, maps, schedule, s);
+    } else if (ptx::warp_index() == 1) {
+      load_keys_and_values<Traits>(params, maps, s);
     }
   } else {
     ptx::grow_registers<Traits::kMathRegisters>();

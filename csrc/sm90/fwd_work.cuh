@@ -13,16 +13,15 @@ namespace fa::sm90 {
 // which is null where there are no more items than blocks.
 struct Schedule {
   TileScheduler tiles;
+  uint32_t items;  // and as many more as there are blocks fit 32 bits
   int head_group;
   WorkCounter* counter;
 };
 
-// By one thread: the index of an item that no other block has.
-FA_DEVICE int64_t take_item(const Schedule& schedule) {
-  if (schedule.counter == nullptr) {
-    return schedule.tiles.count();
-  }
-  return static_cast<int64_t>(gridDim.x + atomicAdd(&schedule.counter->taken, 1ull));
+// By one thread: the index of an item that no other block has, or one past the last.
+FA_DEVICE uint32_t take_item(const Schedule& schedule) {
+  return schedule.counter == nullptr ? schedule.items
+                                     : gridDim.x + atomicAdd(&schedule.counter->taken, 1u);
 }
 
 // By one thread of each block, when there are no more items: the last one leaves the counter as it
@@ -48,7 +47,7 @@ struct FwdWork {
 
   template <int kTileM, int kTileN>
   static FA_DEVICE FwdWork of_item(const FwdParams& params, const Schedule& schedule,
-                                   int64_t index) {
+                                   uint32_t index) {
     const WorkTile tile = schedule.tiles.last_first_of_group(index, schedule.head_group);
     const Sequence queries = params.queries.at(tile.batch, params.shape.seqlen_q);
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
@@ -73,6 +72,14 @@ struct FwdWork {
     return {ceil_div(seen.begin, kTileN), seen.end / kTileN};
   }
 
+  // Where TMA finds the sequences: packed ones are all in one batch entry.
+  FA_DEVICE int batch_of_queries(const FwdParams& params) const {
+    return params.queries.cu_seqlens == nullptr ? tile.batch : 0;
+  }
+  FA_DEVICE int batch_of_keys(const FwdParams& params) const {
+    return params.keys.cu_seqlens == nullptr ? tile.batch : 0;
+  }
+
   FA_DEVICE bool exists() const { return first_query < queries.length; }
 
   // Stands behind the last item.
@@ -85,11 +92,14 @@ struct SharedFwdWork : FwdWork {
   Range seen[kWarpgroups];
   Range unmasked[kWarpgroups];
 
+  float* lse;  // of the sequence's first query
+
   // By one warp.
-  FA_DEVICE void publish(const FwdWork& work) {
+  FA_DEVICE void write(const FwdParams& params, const FwdWork& work) {
     const int warpgroup = ptx::lane_index();
     if (warpgroup == 0) {
       static_cast<FwdWork&>(*this) = work;
+      lse = params.softmax_lse.row<float>(work.tile.batch, work.tile.head) + work.queries.begin;
     }
     if (warpgroup < kWarpgroups) {
       const int first = work.first_query + warpgroup * device::kWarpgroupRows;

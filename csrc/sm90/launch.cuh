@@ -42,7 +42,7 @@ FwdTensorMaps tensor_maps(const FwdParams& params) {
     return map(view, params.keys, shape.seqlen_k, shape.num_heads_kv, Traits::kTileN);
   };
   return {queries(params.q, device::kWarpgroupRows), keys(params.k), keys(params.v),
-          queries(params.out, device::kBlockRows)};
+          queries(params.out, device::kWarpgroupRows)};
 }
 
 inline WorkCounter* work_counter_hack() {
@@ -54,7 +54,7 @@ template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   const int tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, head_group(shape, tiles), work_counter_hack()};
+  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, static_cast<uint32_t>(int64_t(tiles)*shape.num_heads* shape.batch), head_group(shape, tiles), work_counter_hack()};
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),

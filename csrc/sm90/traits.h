@@ -32,8 +32,8 @@ struct FwdTraits {
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static_assert(kTileM == kMathWarpgroups * device::kWarpgroupRows);
   // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
-  static constexpr int kProducerRegisters = kMathWarpgroups == 3 ? 32 : 24;
-  static constexpr int kMathRegisters = kMathWarpgroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kMathWarpgroups == 3 ? 32 : 40;
+  static constexpr int kMathRegisters = kMathWarpgroups == 3 ? 160 : 232;
 
   // Whether the registers suffice to compute p while the product of the previous p runs.
   static constexpr bool kOverlapsSoftmax = kMathWarpgroups == 2;
@@ -54,6 +54,7 @@ struct FwdTraits {
     Rows<kTileN> k[kStages];
     Rows<kTileN> v[kStages];
     device::Ring<kStages> work_ring;
+    device::Ring<1> last_tile;  // of an item has been asked for: the next may be taken
     device::Ring<kQStages> q_ring[kMathWarpgroups];
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
