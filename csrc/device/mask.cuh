@@ -29,4 +29,31 @@ FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int firs
   });
 }
 
+// The same for the 16 rows of a warp. A thread's columns of a row are bits of a word, of which a range
+// is visible: one instruction per score.
+template <typename Scores>
+FA_DEVICE void keep_visible_of_warp(Scores& r_scores, const WindowMask& window, int first_query,
+                                    int first_key, float masked) {
+  static_assert(Scores::kRows == kBlockRows && 2 * Scores::kColBlocks <= 32);
+  const int first_col = Scores::col(0, 0);
+  // Bits of the columns before `col`: two of each block, or of the last one as many as there are.
+  const auto bits_before = [&](int col) {
+    const int cols = min(max(col - first_col, 0), Scores::kCols);
+    const int bits = cols / kBlockCols * 2 + min(cols % kBlockCols, 2);
+    return static_cast<uint32_t>((uint64_t{1} << bits) - 1);
+  };
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int query = first_query + Scores::row(row);
+    const int end = min(query + window.highest() + 1, window.seqlen_k());
+    const uint32_t visible =
+        bits_before(end - first_key) & ~bits_before(query + window.lowest() - first_key);
+#pragma unroll
+    for (int bit = 0; bit < 2 * Scores::kColBlocks; ++bit) {
+      float& score = r_scores.r[0][bit / 2][2 * row + bit % 2];
+      score = visible >> bit & 1 ? score : masked;
+    }
+  }
+}
+
 }  // namespace fa::device

@@ -6,10 +6,12 @@
 //   the others compute: each owns 64 rows of queries. Scores and out are its wgmma accumulators,
 //   and p goes from accumulators to an A operand without leaving the lane.
 //
-// Tiles of keys go from the last to the first, so that the diagonal of a causal mask comes first.
-// The math warpgroups take turns at the tensor cores, so that the softmax of one runs under the
-// products of the others. In its turn a warpgroup issues two products:
-//   out += p(j + 1) v(j + 1), s(j) = q k(j)^T; then it waits for both and turns s(j) into p(j).
+// All blocks read tiles of keys from the first on, so that those of one head find them in L2. The
+// math warpgroups take turns at the tensor cores, so that the softmax of one runs under the products
+// of the others. In its turn a warpgroup issues two products,
+//   s(j) = q k(j)^T, out += p(j - 1) v(j - 1),
+// and turns s(j) into p(j) as soon as that is there; where registers are too few for a second p, as
+// soon as both are.
 #pragma once
 
 #include <cfloat>
@@ -131,17 +133,17 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
       load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, first_key + j * kTileN, head, batch);
       v_at.advance();
     };
-    for (int j = tiles_end - 1; j >= tiles_begin; --j) {
+    for (int j = tiles_begin; j < tiles_end; ++j) {
       load_keys(j);
-      if (j + 1 < tiles_end) {
-        load_values(j + 1);
+      if (j > tiles_begin) {
+        load_values(j - 1);
       }
     }
     if (ptx::lane_index() == 0) {
       last_tile_at.fill(s.last_tile);
     }
     if (tiles_begin < tiles_end) {
-      load_values(tiles_begin);
+      load_values(tiles_end - 1);
     }
   }
 }
@@ -331,7 +333,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       continue;
     }
 
-    for (int skipped = key_tiles.end; skipped > seen.end; --skipped) {
+    for (int skipped = key_tiles.begin; skipped < seen.begin; ++skipped) {
       skip_key_tile();
     }
     const auto& s_q = s.q[q_at.stage()];
@@ -340,8 +342,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       negate_rows(s.q[q_at.stage()], warpgroup_row, thread, warpgroup_barrier);
     }
 
-    // The scores of the last tile.
-    int j = seen.end - 1;
+    // The scores of the first tile.
+    int j = seen.begin;
     typename Traits::Probabilities r_p;
     {
       typename Traits::Scores r_scores;
@@ -354,20 +356,14 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       release_key_tile();
       finish_store();
       if (j < unmasked.begin || j >= unmasked.end) {
-        device::keep_visible(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
+        device::keep_visible_of_warp(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
       }
       softmax.begin(r_scores, r_p);
     }
-    for (int skipped = key_tiles.end; skipped > seen.end; --skipped) {
+    for (int skipped = key_tiles.begin; skipped < seen.begin; ++skipped) {
       skip_value_tile();
       turns.pass();
     }
-    const int rows_of_last = s_work.window.seqlen_k() - j * kTileN;
-    if (rows_of_last < kTileN && others_follow) {
-      v_at.wait(s.v_ring);
-      clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
-    }
-
     Out r_out;  // not yet normalized
     r_out.clear();
     const auto step = [&](auto masked) {
@@ -391,7 +387,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
       if constexpr (decltype(masked)::value) {
-        device::keep_visible(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
+        device::keep_visible_of_warp(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
       }
       const bool raised =
           softmax.next(r_scores, Traits::kOverlapsSoftmax ? r_next : r_p, rescale);
@@ -407,17 +403,21 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
         r_p.copy(r_next);
       }
     };
-    for (--j; j >= seen.begin && j >= unmasked.end; --j) {
+    for (++j; j < seen.end && j < unmasked.begin; ++j) {
       step(std::true_type{});
     }
-    for (; j >= seen.begin && j >= unmasked.begin; --j) {
+    for (; j < seen.end && j < unmasked.end; ++j) {
       step(std::false_type{});
     }
-    for (; j >= seen.begin; --j) {
+    for (; j < seen.end; ++j) {
       step(std::true_type{});
     }
 
     v_at.wait(s.v_ring);
+    const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
+    if (rows_of_last < kTileN && others_follow) {
+      clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
+    }
     ptx::wgmma_fence();
     device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
     ptx::wgmma_commit();
@@ -426,7 +426,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(r_out.r[0]);
     release_value_tile();
-    for (; j >= key_tiles.begin; --j) {
+    for (; j < key_tiles.end; ++j) {
       skip_key_tile();
       skip_value_tile();
       turns.pass();

@@ -11,9 +11,15 @@
 
 namespace fa::sm90 {
 
-// Heads whose tiles are taken together: as many as have their keys and values in part of L2.
-inline int head_group(const Shape& shape, int tiles) {
-  constexpr int64_t kBytes = 16 << 20;
+// Heads whose tiles are taken together, the longest first: as many as have their keys and values in
+// part of L2; one where all tiles are equally long.
+inline int head_group(const FwdParams& params, int tiles) {
+  const Shape& shape = params.shape;
+  if (params.window.is_full() && params.keys.cu_seqlens == nullptr &&
+      params.keys.seqused == nullptr) {
+    return 1;
+  }
+  constexpr int64_t kBytes = 8 << 20;
   constexpr int64_t kMostItems = 1 << 30;
   const int64_t bytes_of_head = int64_t{2} * 2 * shape.seqlen_k * shape.head_dim;
   const int64_t heads_kv = max(kBytes / max(bytes_of_head, int64_t{1}), int64_t{1});
@@ -54,7 +60,7 @@ template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   const int tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, static_cast<uint32_t>(int64_t(tiles)*shape.num_heads* shape.batch), head_group(shape, tiles), work_counter_hack()};
+  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, static_cast<uint32_t>(int64_t(tiles)*shape.num_heads* shape.batch), head_group(params, tiles), work_counter_hack()};
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),
