@@ -11,20 +11,19 @@
 
 namespace fa::sm90 {
 
-// Heads whose tiles are taken together, the longest first: as many as have their keys and values in
-// part of L2; one where all tiles are equally long.
+// Heads whose tiles are taken together, the longest first. Equal groups with work for all blocks
+// twice over leave little to wait for at the end, and have their keys and values in L2. Where all
+// tiles are equally long, a head at a time.
 inline int head_group(const FwdParams& params, int tiles) {
   const Shape& shape = params.shape;
-  if (params.window.is_full() && params.keys.cu_seqlens == nullptr &&
-      params.keys.seqused == nullptr) {
+  const bool equal_lengths = params.keys.cu_seqlens == nullptr && params.keys.seqused == nullptr;
+  if (params.window.is_full() && equal_lengths) {
     return 1;
   }
-  constexpr int64_t kBytes = 8 << 20;
-  constexpr int64_t kMostItems = 1 << 30;
-  const int64_t bytes_of_head = int64_t{2} * 2 * shape.seqlen_k * shape.head_dim;
-  const int64_t heads_kv = max(kBytes / max(bytes_of_head, int64_t{1}), int64_t{1});
-  const int64_t heads = min(heads_kv * shape.group_size(), int64_t{shape.num_heads} * shape.batch);
-  return static_cast<int>(max(min(heads, kMostItems / max(tiles, 1)), int64_t{1}));
+  const int64_t heads = int64_t{shape.num_heads} * shape.batch;
+  const int64_t items_of_group = 2 * support::multiprocessors();
+  const int64_t groups = max((heads * tiles + items_of_group / 2) / items_of_group, int64_t{1});
+  return static_cast<int>(ceil_div(heads, groups));
 }
 
 template <typename Traits>

@@ -37,6 +37,8 @@ struct FwdTraits {
 
   // Whether the registers suffice to compute p while the product of the previous p runs.
   static constexpr bool kOverlapsSoftmax = kMathWarpgroups == 2;
+  // And whether ptxas has registers to do so for two tiles in turn, which saves copying p.
+  static constexpr bool kAlternates = kOverlapsSoftmax && kHeadDim <= 128;
 
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The two loading warps of the forward kernel.
+#pragma once
+
+#include "ptx/tma.cuh"
+#include "sm90/fwd_work.cuh"
+#include "sm90/tensor_map.h"
+#include "sm90/traits.h"
+
+namespace fa::sm90 {
+
+// What TMA must know of the tensors; q and out in boxes of a warpgroup's rows.
+struct FwdTensorMaps {
+  CUtensorMap q;
+  CUtensorMap k;
+  CUtensorMap v;
+  CUtensorMap out;
+};
+
+// By one warp: copies rows of a tensor to rows [first, first + kRows) of a stage of a ring.
+template <int kRows, typename Tile, int kRingStages>
+FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<kRingStages>& s_ring,
+                         const device::RingPosition<kRingStages>& at, const CUtensorMap& map,
+                         int row, int head, int batch) {
+  at.wait_empty(s_ring);
+  if (ptx::lane_index() == 0) {
+    uint64_t& s_full = at.expect(s_ring, sizeof(Tile) / Tile::kRows * kRows);
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      ptx::tma_load(
+          s_tiles[at.stage()].elements + (panel * Tile::kRows + first) * Tile::kPanelCols, &map,
+          {panel * Tile::kPanelCols, row, head, batch}, s_full);
+    }
+  }
+  __syncwarp();
+}
+
+// Takes the work and loads queries, by one warp.
+template <typename Traits>
+FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
+                            const Schedule& schedule, typename Traits::SharedMemory& s) {
+  device::RingPosition<kStages> work_at;
+  device::RingPosition<Traits::kQStages> q_at;
+  device::RingPosition<1> last_tile_at;
+  const auto publish = [&](const FwdWork& work) -> const FwdWork& {
+    work_at.wait_empty(s.work_ring);
+    auto& s_work = s.work[work_at.stage()];
+    s_work.write(params, work);
+    __syncwarp();
+    if (ptx::lane_index() == 0) {
+      work_at.fill(s.work_ring);
+    }
+    work_at.advance();
+    return s_work;
+  };
+  const auto take = [&] {
+    const uint32_t item = ptx::lane_index() == 0 ? take_item(schedule) : 0;
+    return __shfl_sync(~0u, item, 0);
+  };
+  for (uint32_t item = blockIdx.x; item < schedule.items; item = take()) {
+    const FwdWork work =
+        FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
+    if (!work.exists()) {
+      continue;
+    }
+    const FwdWork& s_work = publish(work);
+    if (!s_work.key_tiles.empty()) {
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
+        const int row = warpgroup * device::kWarpgroupRows;
+        load_rows<device::kWarpgroupRows>(s.q, row, s.q_ring[warpgroup], q_at, maps.q,
+                                          s_work.queries.begin + s_work.first_query + row,
+                                          s_work.tile.head, s_work.batch_of_queries(params));
+      }
+      q_at.advance();
+    }
+    // An item taken too early would be missed where blocks have run out of work.
+    last_tile_at.wait(s.last_tile);
+    last_tile_at.advance();
+  }
+  publish({.tile = {-1, 0, 0}, .window = params.window});
+  if (ptx::lane_index() == 0) {
+    finish_taking(schedule);
+  }
+}
+
+// Loads keys and values, by one warp.
+template <typename Traits>
+FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps& maps,
+                                    typename Traits::SharedMemory& s) {
+  constexpr int kTileN = Traits::kTileN;
+  device::RingPosition<kStages> work_at;
+  device::RingPosition<kStages> k_at;
+  device::RingPosition<kStages> v_at;
+  device::RingPosition<1> last_tile_at;
+  for (;; work_at.advance()) {
+    work_at.wait(s.work_ring);
+    const FwdWork& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    const int head = ptx::uniform(s_work.tile.head / params.shape.group_size());
+    const int batch = ptx::uniform(s_work.batch_of_keys(params));
+    const int first_key = ptx::uniform(s_work.keys.begin);
+    const int tiles_begin = ptx::uniform(s_work.key_tiles.begin);
+    const int tiles_end = ptx::uniform(s_work.key_tiles.end);
+    work_at.release(s.work_ring);
+    const auto load_keys = [&](int j) {
+      load_rows<kTileN>(s.k, 0, s.k_ring, k_at, maps.k, first_key + j * kTileN, head, batch);
+      k_at.advance();
+    };
+    const auto load_values = [&](int j) {
+      load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, first_key + j * kTileN, head, batch);
+      v_at.advance();
+    };
+    for (int j = tiles_begin; j < tiles_end; ++j) {
+      load_keys(j);
+      if (j > tiles_begin) {
+        load_values(j - 1);
+      }
+    }
+    if (ptx::lane_index() == 0) {
+      last_tile_at.fill(s.last_tile);
+    }
+    if (tiles_begin < tiles_end) {
+      load_values(tiles_end - 1);
+    }
+  }
+}
+
+}  // namespace fa::sm90
