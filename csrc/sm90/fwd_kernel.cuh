@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (auto& s_ring : s.q_ring) {
       s_ring.init(1);
     }
-    s.last_tile.init(1);
+    s.may_take.init(1);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
     ptx::fence_mbarrier_init();

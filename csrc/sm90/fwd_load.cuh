@@ -35,13 +35,17 @@ FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<k
   __syncwarp();
 }
 
+// How many tiles of keys are left to load when the next item is taken: enough to find out what it is
+// and to load its queries meanwhile.
+inline constexpr int kTilesToTakeAhead = 3;
+
 // Takes the work and loads queries, by one warp.
 template <typename Traits>
 FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
                             const Schedule& schedule, typename Traits::SharedMemory& s) {
   device::RingPosition<kStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
-  device::RingPosition<1> last_tile_at;
+  device::RingPosition<1> may_take_at;
   const auto publish = [&](const FwdWork& work) -> const FwdWork& {
     work_at.wait_empty(s.work_ring);
     auto& s_work = s.work[work_at.stage()];
@@ -74,9 +78,9 @@ FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
       }
       q_at.advance();
     }
-    // An item taken too early would be missed where blocks have run out of work.
-    last_tile_at.wait(s.last_tile);
-    last_tile_at.advance();
+    // Not before this one nears its end: near the end of all work others may be free sooner.
+    may_take_at.wait(s.may_take);
+    may_take_at.advance();
   }
   publish({.tile = {-1, 0, 0}, .window = params.window});
   if (ptx::lane_index() == 0) {
@@ -92,7 +96,7 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
   device::RingPosition<kStages> work_at;
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
-  device::RingPosition<1> last_tile_at;
+  device::RingPosition<1> may_take_at;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
     const FwdWork& s_work = s.work[work_at.stage()];
@@ -113,17 +117,17 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
       load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, first_key + j * kTileN, head, batch);
       v_at.advance();
     };
-    for (int j = tiles_begin; j < tiles_end; ++j) {
-      load_keys(j);
+    const int take_next_at = max(tiles_end - kTilesToTakeAhead, tiles_begin);
+    for (int j = tiles_begin; j <= tiles_end; ++j) {
+      if (j == take_next_at && ptx::lane_index() == 0) {
+        may_take_at.fill(s.may_take);
+      }
+      if (j < tiles_end) {
+        load_keys(j);
+      }
       if (j > tiles_begin) {
         load_values(j - 1);
       }
-    }
-    if (ptx::lane_index() == 0) {
-      last_tile_at.fill(s.last_tile);
-    }
-    if (tiles_begin < tiles_end) {
-      load_values(tiles_end - 1);
     }
   }
 }

@@ -56,7 +56,7 @@ struct FwdTraits {
     Rows<kTileN> k[kStages];
     Rows<kTileN> v[kStages];
     device::Ring<kStages> work_ring;
-    device::Ring<1> last_tile;  // of an item has been asked for: the next may be taken
+    device::Ring<1> may_take;  // the next item
     device::Ring<kQStages> q_ring[kMathWarpgroups];
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
