@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Draws what bench.py measured: speed by length, speed-up over standard attention, peak memory.
 
-python benchmarks/plot.py dense.csv memory.csv --out figures
+And what traffic.py counted: bytes between DRAM and L2, and between L2 and the multiprocessors.
+
+python benchmarks/plot.py dense.csv memory.csv traffic.csv --out figures
 """
 
 from __future__ import annotations
@@ -33,6 +35,17 @@ COLOURS = {
     "flash_attn": "tab:olive",
     "flash_attn_interface": "tab:red",
     "flash_attn.cute": "tab:pink",
+}
+# What theory says of traffic, by its column; dashed.
+MODELS = {
+    "4 N d + 4 N^2": "standard_bytes",
+    "4 N d": "compulsory_bytes",
+    "N^2 d^2 / M, an order": "theorem_bytes",
+    "tiles of flash_attn_cuda": "tile_bytes",
+}
+STYLES = {name: ("o-", colour) for name, colour in COLOURS.items()} | {
+    name: ("--", colour)
+    for name, colour in zip(MODELS, ("black", "dimgray", "tab:red", "tab:cyan"), strict=True)
 }
 
 
@@ -67,11 +80,34 @@ def memory(rows: list[Row]) -> Points:
     return points_of(rows, lambda row: float(row["peak_mib"]))
 
 
+def traffic(rows: list[Row], counted: tuple[str, ...], models: tuple[str, ...]) -> Points:
+    """What was counted, added up, and models of it; a cell is empty where there is no value."""
+    whole = [row for row in rows if all(row[column] for column in counted)]
+    points = points_of(whole, lambda row: sum(float(row[x]) for x in counted) / 2**20)
+    for name in models:
+        column = MODELS[name]
+        known = {(int(r["seqlen"]), float(r[column]) / 2**20) for r in rows if r[column]}
+        points |= {name: sorted(known)} if known else {}
+    return points
+
+
+def dram(rows: list[Row]) -> Points:
+    models = ("4 N d + 4 N^2", "4 N d", "N^2 d^2 / M, an order")
+    return traffic(rows, ("dram_read_bytes", "dram_write_bytes"), models)
+
+
+def on_chip(rows: list[Row]) -> Points:
+    models = ("4 N d + 4 N^2", "N^2 d^2 / M, an order", "tiles of flash_attn_cuda")
+    return traffic(rows, ("sm_read_bytes", "sm_write_bytes"), models)
+
+
 # suite, quantity, unit, logarithmic
 FIGURES: dict[str, tuple[str, Callable[[list[Row]], Points], str, bool]] = {
     "speed": ("dense", speeds, "TFLOP/s", False),
     "speedup": ("dense", speedups, "times the speed of standard attention", True),
     "memory": ("memory", memory, "peak memory, MiB", True),
+    "dram": ("io", dram, "between DRAM and L2, MiB", True),
+    "l2": ("io", on_chip, "between L2 and multiprocessors, MiB", True),
 }
 
 
@@ -84,7 +120,7 @@ def draw(
     head_dims = sorted({int(row["head_dim"]) for row in rows})
     if not any(quantity(rows).values()):
         return None
-    figure = Figure(figsize=(4.2 * len(head_dims), 3.2 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(head_dims) + 1.8, 3.2 * len(lines)), layout="constrained")
     panels = figure.subplots(len(lines), len(head_dims), squeeze=False)
     for (line, (pass_name, causal)), (col, head_dim) in itertools.product(
         enumerate(lines), enumerate(head_dims)
@@ -96,12 +132,17 @@ def draw(
         ]
         title = f"{PASSES[pass_name]}, {MASKS[causal]}, head_dim {head_dim}"
         plot(panels[line][col], quantity(panel), title, unit if col == 0 else "", logarithmic)
+    named = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    names = sorted(named, key=list(STYLES).index)
+    handles = [named[name] for name in names]
+    figure.legend(handles, names, loc="outside right upper", fontsize="small")
     return figure
 
 
 def plot(axes: Any, points: Points, title: str, unit: str, logarithmic: bool) -> None:
-    for name in sorted(points, key=list(COLOURS).index):
-        axes.plot(*zip(*sorted(points[name]), strict=True), "o-", color=COLOURS[name], label=name)
+    for name in sorted(points, key=list(STYLES).index):
+        style, colour = STYLES[name]
+        axes.plot(*zip(*sorted(points[name]), strict=True), style, color=colour, label=name)
     axes.set_xscale("log", base=2)
     if logarithmic:
         axes.set_yscale("log", base=2)
@@ -109,8 +150,6 @@ def plot(axes: Any, points: Points, title: str, unit: str, logarithmic: bool) ->
         axes.set_ylim(bottom=0)
     axes.set(title=title, xlabel="sequence length", ylabel=unit)
     axes.grid(alpha=0.3)
-    if points:
-        axes.legend(fontsize="small")
 
 
 def main(arguments: list[str] | None = None) -> None:
