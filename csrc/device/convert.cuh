@@ -50,16 +50,17 @@ FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, k
   }
 }
 
-// The same by stmatrix, which Hopper has, for a warp's 16 rows of the tile from `row` on.
-template <typename Sums, typename Element, int kTileRows, int kTileCols>
-FA_DEVICE void store_blocks(const Sums& r_sums, SmemTile<Element, kTileRows, kTileCols>& s_tile,
-                            int row) {
-  const OperandA<Element, kBlockRows, Sums::kCols> r_blocks = to_operand<Element>(r_sums);
+// The same by stmatrix, which Hopper has, for kCols columns of a warp's 16 rows of elements, from
+// kFirstCol on, to the rows of the tile from `row` on.
+template <int kFirstCol, int kCols, typename Element, int kElementCols, int kTileRows,
+          int kTileCols>
+FA_DEVICE void store_blocks(const OperandA<Element, kBlockRows, kElementCols>& r_elements,
+                            SmemTile<Element, kTileRows, kTileCols>& s_tile, int row) {
   const auto s_lane =
       LanePointer<SmemTile<Element, kTileRows, kTileCols>>::down_first(s_tile, row, 0);
 #pragma unroll
-  for (int step = 0; step < Sums::kCols / kMmaDepth; ++step) {
-    s_lane.store(r_blocks.r[0][step], 0, step * kMmaDepth);
+  for (int col = 0; col < kCols; col += kMmaDepth) {
+    s_lane.store(r_elements.r[0][(kFirstCol + col) / kMmaDepth], 0, col);
   }
 }
 

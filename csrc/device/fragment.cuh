@@ -111,6 +111,8 @@ struct Accumulator {
 // A operands of a (kRows, kDepth) matrix.
 template <typename Element, int kRows, int kDepth>
 struct OperandA {
+  static constexpr int kCols = kDepth;
+
   uint32_t r[kRows / kBlockRows][kDepth / kMmaDepth][4];
 
   // Into registers of its own, whatever becomes of `other`.

@@ -29,8 +29,8 @@ FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int firs
   });
 }
 
-// The same for the 16 rows of a warp. A thread's columns of a row are bits of a word, of which a range
-// is visible: one instruction per score.
+// The same for the 16 rows of a warp. A thread's columns of a row are bits of a word, of which a
+// range is visible: one instruction per score.
 template <typename Scores>
 FA_DEVICE void keep_visible_of_warp(Scores& r_scores, const WindowMask& window, int first_query,
                                     int first_key, float masked) {

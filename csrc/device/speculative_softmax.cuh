@@ -26,8 +26,7 @@ class SpeculativeSoftmax {
   using RowValues = float[kRowsPerThread];
 
   // The scores are multiplied by exp2's share of the scale inside one fma; the scale must be > 0.
-  explicit FA_DEVICE SpeculativeSoftmax(float softmax_scale)
-      : scale_log2_(softmax_scale * kLog2E) {
+  explicit FA_DEVICE SpeculativeSoftmax(float softmax_scale) : scale_log2_(softmax_scale * kLog2E) {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       base_[row] = 0.0f;

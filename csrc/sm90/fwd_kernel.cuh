@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Forward on Hopper: out = softmax(scale * q k^T + mask) v and its log-sum-exp. As many blocks as
 // multiprocessors take tiles of queries of one head until none is left. In a block,
-//   warpgroup 0 loads: one of its warps takes the work, tells of it through a ring, and has TMA copy
-//   the queries; another has TMA copy tiles of keys and values, through rings as well;
-//   the others compute: each owns 64 rows of queries. Scores and out are its wgmma accumulators,
-//   and p goes from accumulators to an A operand without leaving the lane.
+//   warpgroup 0 loads: one of its warps takes the work, tells of it through a ring, and has TMA
+//   copy the queries; another has TMA copy tiles of keys and values, through rings as well; the
+//   others compute: each owns 64 rows of queries. Scores and out are its wgmma accumulators, and p
+//   goes from accumulators to an A operand without leaving the lane.
 //
 // All blocks read tiles of keys from the first on, so that those of one head find them in L2. The
-// math warpgroups take turns at the tensor cores, so that the softmax of one runs under the products
-// of the others. In its turn a warpgroup issues two products,
+// math warpgroups take turns at the tensor cores, so that the softmax of one runs under the
+// products of the others. In its turn a warpgroup issues two products,
 //   s(j) = q k(j)^T, out += p(j - 1) v(j - 1),
 // and turns s(j) into p(j) as soon as that is there; where registers are too few for a second p, as
 // soon as both are.
@@ -84,18 +84,6 @@ FA_DEVICE void negate_rows(Tile& s_tile, int first, int thread, int barrier) {
   ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
 }
 
-// By one thread: a warpgroup's rows of a shared tile to where their box begins.
-template <typename Tile>
-FA_DEVICE void store_tile(const Tile& s_tile, int row, const CUtensorMap& map,
-                          const ptx::BoxOrigin& origin) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    ptx::tma_store(&map, {panel * Tile::kPanelCols, origin.row, origin.head, origin.batch},
-                   s_tile.elements + (panel * Tile::kRows + row) * Tile::kPanelCols);
-  }
-  ptx::tma_commit();
-}
-
 // By one warp: 16 bytes after 16 bytes of at most 16 rows become units(row, col).
 template <typename Element, typename Units>
 FA_DEVICE void store_units(const device::GlobalTile<Element>& destination, Units&& units) {
@@ -109,16 +97,49 @@ FA_DEVICE void store_units(const device::GlobalTile<Element>& destination, Units
   }
 }
 
+// By one warpgroup: its columns of out from kFirstCol on, as many as the shared tile has, leave
+// through the tile's rows from `row` on: by TMA, or where the sequence ends among them by lanes.
+// `destination`: of the warp's rows.
+template <int kFirstCol, typename Elements, typename Tile, typename Element>
+FA_DEVICE void store_through(const Elements& r_elements, Tile& s_tile, int row,
+                             const CUtensorMap& map, const ptx::BoxOrigin& origin,
+                             const device::GlobalTile<Element>& destination, int barrier) {
+  constexpr int kCols = min(Tile::kCols, Elements::kCols - kFirstCol);
+  const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
+  const int warp_row = thread / ptx::kWarpSize * device::kBlockRows;
+  device::store_blocks<kFirstCol, kCols>(r_elements, s_tile, row + warp_row);
+  ptx::fence_async_proxy();
+  if (destination.rows + warp_row < device::kWarpgroupRows) {
+    __syncwarp();
+    store_units<Element>({destination.g_first + kFirstCol, destination.row_stride, destination.rows,
+                          min(destination.cols - kFirstCol, kCols)},
+                         [&](int unit_row, int col) {
+                           return *reinterpret_cast<const uint4*>(
+                               s_tile.elements + Tile::offset(row + warp_row + unit_row, col));
+                         });
+  }
+  ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
+  if (thread == 0 && destination.rows >= device::kWarpgroupRows) {
+#pragma unroll
+    for (int col = 0; col < kCols; col += Tile::kPanelCols) {
+      ptx::tma_store(
+          &map, {kFirstCol + col, origin.row, origin.head, origin.batch},
+          s_tile.elements + (col / Tile::kPanelCols * Tile::kRows + row) * Tile::kPanelCols);
+    }
+    ptx::tma_commit();
+  }
+}
+
 // A math warpgroup.
 template <typename Traits>
 FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                       typename Traits::SharedMemory& s, int warpgroup) {
   using Element = typename Traits::Element;
   using Out = typename Traits::Out;
-  using QueryTile = typename Traits::template Rows<Traits::kTileM>;
   constexpr int kTileN = Traits::kTileN;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
+  constexpr int kAllBarrier = 1 + 2 * Traits::kMathWarpgroups;  // after those of the turns
   const int warpgroup_barrier = 1 + warpgroup;
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
@@ -152,14 +173,20 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     v_at.wait(s.v_ring);
     release_value_tile();
   };
-  // out leaves from the shared memory of its queries, which is free only then.
+  // out leaves from the shared memory of its queries, or else of the last values, which is free
+  // only then.
   bool is_leaving = false;
+  device::RingPosition<kStages> v_held;
   const auto finish_store = [&] {
-    if (is_leaving && thread < ptx::kWarpSize) {
+    if (is_leaving) {
       if (thread == 0) {
         ptx::tma_wait_read();
       }
-      q_at.release_previous(s_q_ring);
+      if constexpr (!Traits::kStoresThroughQueries) {
+        v_held.release(s.v_ring);
+      } else if (thread < ptx::kWarpSize) {
+        q_at.release_previous(s_q_ring);
+      }
     }
     is_leaving = false;
   };
@@ -192,6 +219,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     typename Out::RowValues normalizer;
 
     if (seen.empty()) {
+      finish_store();
       for (int j = key_tiles.end - 1; j >= key_tiles.begin; --j) {
         skip_key_tile();
         skip_value_tile();
@@ -199,12 +227,15 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
           turns.pass();
         }
       }
-      finish_store();
       if (!key_tiles.empty()) {
         q_at.wait(s_q_ring);
+        if constexpr (!Traits::kStoresThroughQueries) {
+          q_at.release(s_q_ring);
+          ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);
+        } else if (thread < ptx::kWarpSize) {
+          q_at.release(s_q_ring);
+        }
         q_at.advance();
-        is_leaving = true;
-        finish_store();
       }
       softmax.finalize(lse, normalizer);
       store_lse(lse);
@@ -249,10 +280,12 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     const auto step_between = [&](auto masked, auto& r_p, auto& r_next) {
       typename Traits::Scores r_scores;
       typename Out::RowValues rescale;
+      // Else ptxas keeps the descriptors of q through the loop, for which it has no registers.
+      const int q_row = ptx::uniform(static_cast<int>(ptx::opaque(warpgroup_row)));
       k_at.wait_both(s.k_ring, v_at, s.v_ring);
       turns.begin();
       ptx::wgmma_fence();
-      device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
+      device::issue_abt<Traits::kHeadDim>(r_scores, s_q, q_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
       device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
       ptx::wgmma_commit();
@@ -268,8 +301,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       if constexpr (decltype(masked)::value) {
         device::keep_visible_of_warp(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
       }
-      const bool raised =
-          softmax.next(r_scores, Traits::kOverlapsSoftmax ? r_next : r_p, rescale);
+      const bool raised = softmax.next(r_scores, Traits::kOverlapsSoftmax ? r_next : r_p, rescale);
       if constexpr (Traits::kOverlapsSoftmax) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(r_out.r[0]);
@@ -302,6 +334,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       step(std::true_type{});
     }
 
+    if constexpr (!Traits::kStoresThroughQueries) {
+      q_at.release(s_q_ring);
+      q_at.advance();
+    }
     v_at.wait(s.v_ring);
     const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
     if (rows_of_last < kTileN && others_follow) {
@@ -314,7 +350,12 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     store_lse(lse);
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(r_out.r[0]);
-    release_value_tile();
+    if constexpr (Traits::kStoresThroughQueries) {
+      release_value_tile();
+    } else {
+      v_held = v_at;
+      v_at.advance();
+    }
     for (; j < key_tiles.end; ++j) {
       skip_key_tile();
       skip_value_tile();
@@ -322,30 +363,27 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     }
 
     r_out.scale_rows(normalizer);
-    auto& s_out = s.q[q_at.stage()];
-    ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-    device::store_blocks(r_out, s_out, warp_row);
-    ptx::fence_async_proxy();
-    if (first_query + warpgroup_row + device::kWarpgroupRows <= s_work.queries.length) {
-      ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
-      if (thread == 0) {
-        store_tile(s_out, warpgroup_row, maps.out,
-                   {0, s_work.queries.begin + first_query + warpgroup_row, s_work.tile.head,
-                    s_work.batch_of_queries(params)});
-      }
+    const auto r_elements = device::to_operand<Element>(r_out);
+    const auto [tile, head, batch] = s_work.tile;
+    const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row, head,
+                                   s_work.batch_of_queries(params)};
+    if constexpr (Traits::kStoresThroughQueries) {
+      ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
+      store_through<0>(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
+                       warpgroup_barrier);
+      q_at.advance();
     } else {
-      __syncwarp();
-      store_units(out_rows(), [&](int row, int col) {
-        return *reinterpret_cast<const uint4*>(s_out.elements +
-                                               QueryTile::offset(warp_row + row, col));
-      });
+      ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);  // all have read their last v
+      auto& s_out = s.out_in(s.v[v_held.stage()], warpgroup);
+      store_through<0>(r_elements, s_out, 0, maps.out, origin, out_rows(), warpgroup_barrier);
+      if (thread == 0) {
+        ptx::tma_wait_read();
+      }
       ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
+      store_through<Traits::OutTile::kCols>(r_elements, s_out, 0, maps.out, origin, out_rows(),
+                                            warpgroup_barrier);
     }
-    q_at.advance();
     is_leaving = true;
-    if constexpr (Traits::kQStages == 1) {
-      finish_store();
-    }
   }
   if (thread == 0) {
     ptx::tma_wait();
@@ -364,7 +402,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     s.work_ring.init(Traits::kMathWarps + 1);  // and the warp that loads keys and values
     for (auto& s_ring : s.q_ring) {
-      s_ring.init(1);
+      s_ring.init(Traits::kStoresThroughQueries ? 1 : Traits::kMathWarps / Traits::kMathWarpgroups);
     }
     s.may_take.init(1);
     s.k_ring.init(Traits::kMathWarps);

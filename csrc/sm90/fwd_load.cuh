@@ -27,16 +27,15 @@ FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<k
     uint64_t& s_full = at.expect(s_ring, sizeof(Tile) / Tile::kRows * kRows);
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ptx::tma_load(
-          s_tiles[at.stage()].elements + (panel * Tile::kRows + first) * Tile::kPanelCols, &map,
-          {panel * Tile::kPanelCols, row, head, batch}, s_full);
+      ptx::tma_load(s_tiles[at.stage()].elements + (panel * Tile::kRows + first) * Tile::kPanelCols,
+                    &map, {panel * Tile::kPanelCols, row, head, batch}, s_full);
     }
   }
   __syncwarp();
 }
 
-// How many tiles of keys are left to load when the next item is taken: enough to find out what it is
-// and to load its queries meanwhile.
+// How many tiles of keys are left to load when the next item is taken: enough to find out what it
+// is and to load its queries meanwhile.
 inline constexpr int kTilesToTakeAhead = 3;
 
 // Takes the work and loads queries, by one warp.
@@ -62,8 +61,7 @@ FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
     return __shfl_sync(~0u, item, 0);
   };
   for (uint32_t item = blockIdx.x; item < schedule.items; item = take()) {
-    const FwdWork work =
-        FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
+    const FwdWork work = FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
     if (!work.exists()) {
       continue;
     }

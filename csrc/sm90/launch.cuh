@@ -51,7 +51,12 @@ FwdTensorMaps tensor_maps(const FwdParams& params) {
 }
 
 inline WorkCounter* work_counter_hack() {
-  static WorkCounter* c = [] { void* p; cudaMalloc(&p, 64); cudaMemset(p, 0, 64); return static_cast<WorkCounter*>(p); }();
+  static WorkCounter* c = [] {
+    void* p;
+    cudaMalloc(&p, 64);
+    cudaMemset(p, 0, 64);
+    return static_cast<WorkCounter*>(p);
+  }();
   return c;
 }
 
@@ -59,7 +64,10 @@ template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   const int tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const Schedule schedule = {{tiles, shape.num_heads, shape.batch}, static_cast<uint32_t>(int64_t(tiles)*shape.num_heads* shape.batch), head_group(params, tiles), work_counter_hack()};
+  const Schedule schedule = {{tiles, shape.num_heads, shape.batch},
+                             static_cast<uint32_t>(int64_t(tiles) * shape.num_heads * shape.batch),
+                             head_group(params, tiles),
+                             work_counter_hack()};
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),

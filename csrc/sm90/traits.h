@@ -30,6 +30,7 @@ struct FwdTraits {
   // One warpgroup loads, the others compute, 64 rows of queries each.
   static constexpr int kMathWarpgroups = kThreads / device::kWarpgroupThreads - 1;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static constexpr int kMathThreads = kMathWarpgroups * device::kWarpgroupThreads;
   static_assert(kTileM == kMathWarpgroups * device::kWarpgroupRows);
   // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
   static constexpr int kProducerRegisters = kMathWarpgroups == 3 ? 32 : 40;
@@ -50,6 +51,14 @@ struct FwdTraits {
   using Out = device::Accumulator<device::kBlockRows, kHeadDim>;
   using Probabilities = device::OperandA<Element, device::kBlockRows, kTileN>;
 
+  // out leaves through the shared memory of its queries where there is a second stage for the next;
+  // else through that of the last values, in two parts.
+  static constexpr bool kStoresThroughQueries = kQStages == 2;
+  using OutTile = device::SmemTile<Element, device::kWarpgroupRows, 128>;
+  static_assert(kStoresThroughQueries ||
+                (kMathWarpgroups * sizeof(OutTile) <= sizeof(Rows<kTileN>) &&
+                 kHeadDim <= 2 * OutTile::kCols));
+
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {
     Rows<kTileM> q[kQStages];
@@ -61,6 +70,11 @@ struct FwdTraits {
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
     SharedFwdWork<kMathWarpgroups, kTileN> work[kStages];
+
+    // A warpgroup's part of a stage of v.
+    static FA_DEVICE OutTile& out_in(Rows<kTileN>& s_values, int warpgroup) {
+      return reinterpret_cast<OutTile*>(s_values.elements)[warpgroup];
+    }
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);
   static_assert(sizeof(SharedMemory) == kConfig.smem_bytes());
