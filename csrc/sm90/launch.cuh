@@ -2,12 +2,16 @@
 // From a row of the kernel table to a launch on a stream, and the registration of both.
 #pragma once
 
+#include <cstdint>
+
+#include "common/check.h"
 #include "common/math.h"
 #include "dispatch/registry.h"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/tensor_map.h"
 #include "support/launch.cuh"
 #include "support/resources.h"
+#include "support/work_counter.h"
 
 namespace fa::sm90 {
 
@@ -50,24 +54,24 @@ FwdTensorMaps tensor_maps(const FwdParams& params) {
           queries(params.out, device::kWarpgroupRows)};
 }
 
-inline WorkCounter* work_counter_hack() {
-  static WorkCounter* c = [] {
-    void* p;
-    cudaMalloc(&p, 64);
-    cudaMemset(p, 0, 64);
-    return static_cast<WorkCounter*>(p);
-  }();
-  return c;
+// A block's first item is its own; the counter, where there are more items than blocks, gives out
+// the others.
+inline Schedule make_schedule(const FwdParams& params, int tile_m, void* stream) {
+  const Shape& shape = params.shape;
+  const TileScheduler tiles = {ceil_div(shape.seqlen_q, tile_m), shape.num_heads, shape.batch};
+  const int most_blocks = support::multiprocessors();
+  const int64_t most_items = int64_t{UINT32_MAX} - most_blocks;
+  check(tiles.count() <= most_items, ErrorKind::kNotImplemented, "q: expected at most ", most_items,
+        " tiles of ", tile_m, " queries in all heads and batch entries, got ", tiles.count());
+  return {.tiles = tiles,
+          .items = static_cast<uint32_t>(tiles.count()),
+          .head_group = head_group(params, tiles.tiles),
+          .counter = tiles.count() > most_blocks ? support::work_counter(stream) : nullptr};
 }
 
 template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
-  const Shape& shape = params.shape;
-  const int tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const Schedule schedule = {{tiles, shape.num_heads, shape.batch},
-                             static_cast<uint32_t>(int64_t(tiles) * shape.num_heads * shape.batch),
-                             head_group(params, tiles),
-                             work_counter_hack()};
+  const Schedule schedule = make_schedule(params, Traits::kTileM, context.stream);
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),

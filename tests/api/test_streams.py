@@ -123,3 +123,61 @@ def test_a_captured_graph_replays_on_new_data_a_thousand_times(
             assert_within_bound(name, actual, expected.values[name], expected.bounds[name])
             if deterministic or name != "dq":
                 assert_bitwise_equal(name, actual, wanted)
+
+
+# --- many more tiles than any GPU has multiprocessors, so that blocks share work ---
+
+
+def _many_tiles(head_dim: int, seqlen: int) -> list[Tensor]:
+    return [
+        torch.randn(4, seqlen, 16, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+    ]
+
+
+def _forward(qkv: list[Tensor]) -> Tensor:
+    # The result likely gets this one's memory: a tile that no block takes must not find an earlier
+    # result there.
+    torch.full_like(qkv[0], float("nan"))
+    return flash_attn_func(*qkv, causal=True)
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    return (a.view(torch.int16) != b.view(torch.int16)).any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_blocks_share_the_work_of_their_own_stream_alone(head_dim: int) -> None:
+    problems = [_many_tiles(head_dim, seqlen) for seqlen in (2048, 2000)]
+    alone = [_forward(qkv) for qkv in problems]
+    differ = torch.zeros(len(problems), dtype=torch.bool, device="cuda")  # read at the end alone
+    streams = [torch.cuda.Stream() for _ in problems]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(300):
+        for i, (stream, qkv) in enumerate(zip(streams, problems, strict=True)):
+            with torch.cuda.stream(stream):
+                differ[i] |= _differ(_forward(qkv), alone[i])
+    torch.cuda.synchronize()
+    assert not differ.any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_replays_share_the_work_of_their_own_graph_alone(head_dim: int) -> None:
+    in_graph, eager = (_many_tiles(head_dim, seqlen) for seqlen in (2048, 2000))
+    expected_in_graph, expected_eager = _forward(in_graph), _forward(eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [flash_attn_func(*in_graph, causal=True) for _ in range(2)]
+    differ = torch.zeros(2, dtype=torch.bool, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(1000):
+        with torch.cuda.stream(stream):
+            differ[1] |= _differ(_forward(eager), expected_eager)
+        for out in captured:
+            out.fill_(float("nan"))
+        graph.replay()
+        for out in captured:
+            differ[0] |= _differ(out, expected_in_graph)
+    torch.cuda.synchronize()
+    assert not differ.any()
