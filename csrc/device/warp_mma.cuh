@@ -4,6 +4,7 @@
 #pragma once
 
 #include "device/fragment.cuh"
+#include "device/lane_pointer.cuh"
 
 namespace fa::device {
 

@@ -39,7 +39,7 @@ class Descriptor {
   uint32_t lower_;
 };
 
-// sum = a b^T over the first kDepth columns: rows a_row .. of s_a with all rows of s_b.
+// sum = a b^T over the first kDepth columns: rows a_row .. of s_a with the first rows of s_b.
 template <int kDepth, typename Sum, typename Element, int kRowsA, int kRowsB, int kCols>
 FA_DEVICE void issue_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kCols>& s_a, int a_row,
                          const SmemTile<Element, kRowsB, kCols>& s_b) {
@@ -47,14 +47,14 @@ FA_DEVICE void issue_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kCols>& s_a
   const Descriptor b(s_b, 0);
 #pragma unroll
   for (int col = 0; col < kDepth; col += kMmaDepth) {
-    ptx::Wgmma<Element, kRowsB>::ss(r_sum.r[0], a.at(0, col), b.at(0, col), col > 0);
+    ptx::Wgmma<Element, Sum::kCols>::ss(r_sum.r[0], a.at(0, col), b.at(0, col), col > 0);
   }
 }
 
-// sum (+)= a b: a in registers (64, depth), with the first columns of s_b (depth, .).
-template <typename Sum, typename Element, int kDepth, int kCols>
+// sum (+)= a b: a in registers (64, depth), with the first rows and columns of s_b.
+template <typename Sum, typename Element, int kDepth, int kRows, int kCols>
 FA_DEVICE void issue_ab(Sum& r_sum, const OperandA<Element, kBlockRows, kDepth>& r_a,
-                        const SmemTile<Element, kDepth, kCols>& s_b, bool accumulate) {
+                        const SmemTile<Element, kRows, kCols>& s_b, bool accumulate) {
   const Descriptor b(s_b, 0);
 #pragma unroll
   for (int row = 0; row < kDepth; row += kMmaDepth) {

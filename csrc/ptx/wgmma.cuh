@@ -48,6 +48,10 @@ FA_DEVICE void shrink_registers() {
 
 // A product's registers as operands of inline assembly, by blocks of 8 columns, and their names.
 #define FA_BLOCK(b) "+f"(r[b][0]), "+f"(r[b][1]), "+f"(r[b][2]), "+f"(r[b][3])
+#define FA_BLOCKS_48 FA_BLOCK(0), FA_BLOCK(1), FA_BLOCK(2), FA_BLOCK(3), FA_BLOCK(4), FA_BLOCK(5)
+#define FA_NAMES_48                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23"
 #define FA_BLOCKS_64                                                                         \
   FA_BLOCK(0), FA_BLOCK(1), FA_BLOCK(2), FA_BLOCK(3), FA_BLOCK(4), FA_BLOCK(5), FA_BLOCK(6), \
       FA_BLOCK(7)
@@ -119,6 +123,7 @@ struct Wgmma;
 #define FA_WGMMA_OF_COLS(COLS, ...)                  \
   FA_WGMMA(__nv_bfloat16, "bf16", COLS, __VA_ARGS__) \
   FA_WGMMA(__half, "f16", COLS, __VA_ARGS__)
+FA_WGMMA_OF_COLS(48, "%24", "%25", "%26", "%27", "%28", "%29")
 FA_WGMMA_OF_COLS(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FA_WGMMA_OF_COLS(80, "%40", "%41", "%42", "%43", "%44", "%45")
 FA_WGMMA_OF_COLS(96, "%48", "%49", "%50", "%51", "%52", "%53")
@@ -145,6 +150,8 @@ FA_WGMMA_OF_COLS(256, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef FA_BLOCKS_80
 #undef FA_NAMES_64
 #undef FA_BLOCKS_64
+#undef FA_NAMES_48
+#undef FA_BLOCKS_48
 #undef FA_BLOCK
 
 }  // namespace fa::ptx

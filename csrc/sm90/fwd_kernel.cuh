@@ -24,6 +24,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/fwd_load.cuh"
+#include "sm90/fwd_store.cuh"
 
 namespace fa::sm90 {
 
@@ -82,52 +83,6 @@ FA_DEVICE void negate_rows(Tile& s_tile, int first, int thread, int barrier) {
   }
   ptx::fence_async_proxy();
   ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
-}
-
-// By one warp: 16 bytes after 16 bytes of at most 16 rows become units(row, col).
-template <typename Element, typename Units>
-FA_DEVICE void store_units(const device::GlobalTile<Element>& destination, Units&& units) {
-  constexpr int kUnitElements = 16 / sizeof(Element);
-  const int units_per_row = destination.cols / kUnitElements;
-  const int rows = min(destination.rows, device::kBlockRows);
-  for (int unit = ptx::lane_index(); unit < rows * units_per_row; unit += ptx::kWarpSize) {
-    const int row = unit / units_per_row;
-    const int col = unit % units_per_row * kUnitElements;
-    *reinterpret_cast<uint4*>(destination.at(row, col)) = units(row, col);
-  }
-}
-
-// By one warpgroup: its columns of out from kFirstCol on, as many as the shared tile has, leave
-// through the tile's rows from `row` on: by TMA, or where the sequence ends among them by lanes.
-// `destination`: of the warp's rows.
-template <int kFirstCol, typename Elements, typename Tile, typename Element>
-FA_DEVICE void store_through(const Elements& r_elements, Tile& s_tile, int row,
-                             const CUtensorMap& map, const ptx::BoxOrigin& origin,
-                             const device::GlobalTile<Element>& destination, int barrier) {
-  constexpr int kCols = min(Tile::kCols, Elements::kCols - kFirstCol);
-  const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
-  const int warp_row = thread / ptx::kWarpSize * device::kBlockRows;
-  device::store_blocks<kFirstCol, kCols>(r_elements, s_tile, row + warp_row);
-  ptx::fence_async_proxy();
-  if (destination.rows + warp_row < device::kWarpgroupRows) {
-    __syncwarp();
-    store_units<Element>({destination.g_first + kFirstCol, destination.row_stride, destination.rows,
-                          min(destination.cols - kFirstCol, kCols)},
-                         [&](int unit_row, int col) {
-                           return *reinterpret_cast<const uint4*>(
-                               s_tile.elements + Tile::offset(row + warp_row + unit_row, col));
-                         });
-  }
-  ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
-  if (thread == 0 && destination.rows >= device::kWarpgroupRows) {
-#pragma unroll
-    for (int col = 0; col < kCols; col += Tile::kPanelCols) {
-      ptx::tma_store(
-          &map, {kFirstCol + col, origin.row, origin.head, origin.batch},
-          s_tile.elements + (col / Tile::kPanelCols * Tile::kRows + row) * Tile::kPanelCols);
-    }
-    ptx::tma_commit();
-  }
 }
 
 // A math warpgroup.
@@ -191,7 +146,12 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     is_leaving = false;
   };
 
-  for (;; work_at.release(s.work_ring), work_at.advance()) {
+  const auto release_work = [&] {
+    __syncwarp();  // all lanes have read it
+    work_at.release(s.work_ring);
+    work_at.advance();
+  };
+  for (;; release_work()) {
     work_at.wait(s.work_ring);
     const auto& s_work = s.work[work_at.stage()];
     if (s_work.is_end()) {
@@ -276,9 +236,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     }
     Out r_out;  // not yet normalized
     r_out.clear();
-    typename Traits::Probabilities r_other;
-    const auto step_between = [&](auto masked, auto& r_p, auto& r_next) {
-      typename Traits::Scores r_scores;
+    // Adds the product of one tile's p while the scores of the next become its r_next, which may be
+    // of the first columns only.
+    const auto step_between = [&](auto masked, const auto& r_p, auto& r_next) {
+      device::Accumulator<device::kBlockRows, std::decay_t<decltype(r_next)>::kCols> r_scores;
       typename Out::RowValues rescale;
       // Else ptxas keeps the descriptors of q through the loop, for which it has no registers.
       const int q_row = ptx::uniform(static_cast<int>(ptx::opaque(warpgroup_row)));
@@ -301,7 +262,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       if constexpr (decltype(masked)::value) {
         device::keep_visible_of_warp(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
       }
-      const bool raised = softmax.next(r_scores, Traits::kOverlapsSoftmax ? r_next : r_p, rescale);
+      const bool raised = softmax.next(r_scores, r_next, rescale);
       if constexpr (Traits::kOverlapsSoftmax) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(r_out.r[0]);
@@ -310,46 +271,65 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       if (raised) {
         r_out.scale_rows(rescale);
       }
+      ++j;
     };
+    typename Traits::Probabilities r_other;
     const auto step = [&](auto masked) {
-      step_between(masked, r_p, r_other);
       if constexpr (Traits::kOverlapsSoftmax) {
+        step_between(masked, r_p, r_other);
         r_p.copy(r_other);
+      } else {
+        step_between(masked, r_p, r_p);
       }
     };
-    for (++j; j < seen.end && j < unmasked.begin; ++j) {
+    const bool is_trimmed =
+        Traits::kTrims && seen.size() > 1 && ptx::uniform(s_work.trims_last[warpgroup]) != 0;
+    const int end = is_trimmed ? seen.end - 1 : seen.end;
+    ++j;
+    while (j < end && j < unmasked.begin) {
       step(std::true_type{});
     }
     if constexpr (Traits::kAlternates) {
-      for (; j + 1 < seen.end && j + 1 < unmasked.end; ++j) {
+      while (j + 1 < end && j + 1 < unmasked.end) {
         step_between(std::false_type{}, r_p, r_other);
-        ++j;
         step_between(std::false_type{}, r_other, r_p);
       }
     }
-    for (; j < seen.end && j < unmasked.end; ++j) {
+    while (j < end && j < unmasked.end) {
       step(std::false_type{});
     }
-    for (; j < seen.end; ++j) {
+    while (j < end) {
       step(std::true_type{});
     }
-
-    if constexpr (!Traits::kStoresThroughQueries) {
-      q_at.release(s_q_ring);
-      q_at.advance();
+    const auto finish = [&](const auto& r_last) {
+      if constexpr (!Traits::kStoresThroughQueries) {
+        q_at.release(s_q_ring);
+        q_at.advance();
+      }
+      v_at.wait(s.v_ring);
+      const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
+      if (rows_of_last < kTileN && others_follow) {
+        clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
+      }
+      ptx::wgmma_fence();
+      device::issue_ab(r_out, r_last, s.v[v_at.stage()], true);
+      ptx::wgmma_commit();
+      softmax.finalize(lse, normalizer);
+      store_lse(lse);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_out.r[0]);
+    };
+    if constexpr (Traits::kTrims) {
+      if (is_trimmed) {
+        typename Traits::TrimmedProbabilities r_trimmed;
+        step_between(std::true_type{}, r_p, r_trimmed);
+        finish(r_trimmed);
+      } else {
+        finish(r_p);
+      }
+    } else {
+      finish(r_p);
     }
-    v_at.wait(s.v_ring);
-    const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
-    if (rows_of_last < kTileN && others_follow) {
-      clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
-    }
-    ptx::wgmma_fence();
-    device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
-    ptx::wgmma_commit();
-    softmax.finalize(lse, normalizer);
-    store_lse(lse);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_pin(r_out.r[0]);
     if constexpr (Traits::kStoresThroughQueries) {
       release_value_tile();
     } else {

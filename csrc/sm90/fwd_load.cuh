@@ -95,6 +95,7 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
   device::RingPosition<1> may_take_at;
+  bool is_first = true;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
     const FwdWork& s_work = s.work[work_at.stage()];
@@ -106,6 +107,7 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
     const int first_key = ptx::uniform(s_work.keys.begin);
     const int tiles_begin = ptx::uniform(s_work.key_tiles.begin);
     const int tiles_end = ptx::uniform(s_work.key_tiles.end);
+    __syncwarp();
     work_at.release(s.work_ring);
     const auto load_keys = [&](int j) {
       load_rows<kTileN>(s.k, 0, s.k_ring, k_at, maps.k, first_key + j * kTileN, head, batch);
@@ -122,6 +124,13 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
       }
       if (j < tiles_end) {
         load_keys(j);
+        if (is_first) {
+          // The first products wait for queries and this tile alone.
+          for (auto& s_ring : s.q_ring) {
+            device::RingPosition<Traits::kQStages>{}.wait(s_ring);
+          }
+          is_first = false;
+        }
       }
       if (j > tiles_begin) {
         load_values(j - 1);

@@ -87,10 +87,11 @@ struct FwdWork {
 };
 
 // The same in shared memory, with what each math warpgroup sees.
-template <int kWarpgroups, int kTileN>
+template <int kWarpgroups, int kTileN, int kTrimmedCols>
 struct SharedFwdWork : FwdWork {
   Range seen[kWarpgroups];
   Range unmasked[kWarpgroups];
+  int trims_last[kWarpgroups];  // no more than kTrimmedCols keys of the last tile are seen
 
   float* lse;  // of the sequence's first query
 
@@ -106,6 +107,8 @@ struct SharedFwdWork : FwdWork {
       const Range rows = {first, first + device::kWarpgroupRows};
       seen[warpgroup] = tiles_seen_by_any<kTileN>(work.window, rows);
       unmasked[warpgroup] = tiles_seen_by_all<kTileN>(work.window, rows);
+      const int last_keys = (work.window.keys_seen_by_any(rows).end - 1) % kTileN + 1;
+      trims_last[warpgroup] = last_keys <= kTrimmedCols;
     }
   }
 };

@@ -51,6 +51,12 @@ struct FwdTraits {
   using Out = device::Accumulator<device::kBlockRows, kHeadDim>;
   using Probabilities = device::OperandA<Element, device::kBlockRows, kTileN>;
 
+  // Of its last tile of keys a warpgroup takes the first columns alone where it sees no more: they
+  // save products where these are the limit, but not where the softmax is.
+  static constexpr bool kTrims = kHeadDim > 128;
+  static constexpr int kTrimmedCols = kTileN == 80 ? 48 : 64;
+  using TrimmedProbabilities = device::OperandA<Element, device::kBlockRows, kTrimmedCols>;
+
   // out leaves through the shared memory of its queries where there is a second stage for the next;
   // else through that of the last values, in two parts.
   static constexpr bool kStoresThroughQueries = kQStages == 2;
@@ -69,7 +75,7 @@ struct FwdTraits {
     device::Ring<kQStages> q_ring[kMathWarpgroups];
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
-    SharedFwdWork<kMathWarpgroups, kTileN> work[kStages];
+    SharedFwdWork<kMathWarpgroups, kTileN, kTrimmedCols> work[kStages];
 
     // A warpgroup's part of a stage of v.
     static FA_DEVICE OutTile& out_in(Rows<kTileN>& s_values, int warpgroup) {
