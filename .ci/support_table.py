@@ -10,15 +10,20 @@ import flash_attn_cuda
 
 Row = dict[str, Any]
 
-# The families that are chosen.
 DEVICES = {
+    "sm90": "NVIDIA Hopper (9.0)",
     "sm80": "NVIDIA GPUs from Ampere on: machine code for 8.x and 9.0, PTX for newer ones",
     "cpu": "every x86-64 and aarch64",
 }
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 PASSES = {"fwd": "forward", "bwd": "backward"}
 # Shared memory of a block, in KiB, and the compute capabilities that have it.
-MEMORY = {99: "8.6, 8.9, 12.0", 163: "8.0, 8.7", 227: "9.0, 10.0"}
+MEMORY = {99: "8.6, 8.9, 12.0", 163: "8.0, 8.7", 227: "10.0"}
+# GPUs that choose differently: their shared memory, and the families that they run.
+GPUS = {
+    **{f"{kib} KiB": (kib, {"sm80"}) for kib in MEMORY},
+    "Hopper": (227, {"sm80", "sm90"}),
+}
 
 
 def join(words: Iterable[str]) -> str:
@@ -46,7 +51,8 @@ def families(kernels: list[Row]) -> str:
         passes: dict[tuple[str, str, str], list[str]] = {}
         for pass_name, title in PASSES.items():
             rows = [r for r in kernels if r["family"] == family and r["pass"] == pass_name]
-            passes.setdefault(what_runs(rows), []).append(title)
+            if rows:
+                passes.setdefault(what_runs(rows), []).append(title)
         body += [[family, DEVICES[family], join(names), *what] for what, names in passes.items()]
     last = "causal, windows, GQA/MQA, any lengths"
     return table(["family", "runs on", "pass", "dtypes", "head_dim", last], body)
@@ -57,11 +63,13 @@ def fits(row: Row, kib: int) -> bool:
     return bool(row["blocks"] * (row["smem_bytes"] + 1024) <= (kib + 1) * 1024)
 
 
-def first_row(kernels: list[Row], pass_name: str, dtype: str, head_dim: int, kib: int) -> Row:
+def first_row(kernels: list[Row], pass_name: str, dtype: str, head_dim: int, gpu: str) -> Row:
+    kib, families = GPUS[gpu]
     return next(
         row
         for row in kernels
-        if (row["family"], row["pass"], row["dtype"]) == ("sm80", pass_name, dtype)
+        if (row["pass"], row["dtype"]) == (pass_name, dtype)
+        and row["family"] in families
         and row["head_dim"] >= head_dim
         and row["mask"] == "window"
         and fits(row, kib)
@@ -69,15 +77,15 @@ def first_row(kernels: list[Row], pass_name: str, dtype: str, head_dim: int, kib
 
 
 def tiles(kernels: list[Row]) -> str:
-    def cell(pass_name: str, head_dim: int, kib: int) -> str:
-        rows = (first_row(kernels, pass_name, t, head_dim, kib) for t in ("bfloat16", "float16"))
+    def cell(pass_name: str, head_dim: int, gpu: str) -> str:
+        rows = (first_row(kernels, pass_name, t, head_dim, gpu) for t in ("bfloat16", "float16"))
         return join(f"{row['tile_m']}x{row['tile_n']}" for row in rows)
 
     head_dims = sorted({row["head_dim"] for row in kernels if row["family"] == "sm80"})
-    columns = [(pass_name, kib) for pass_name in PASSES for kib in MEMORY]
+    columns = [(pass_name, gpu) for pass_name in PASSES for gpu in GPUS]
     return table(
-        ["head_dim up to", *(f"{PASSES[pass_name]}, {kib} KiB" for pass_name, kib in columns)],
-        [[str(n), *(cell(pass_name, n, kib) for pass_name, kib in columns)] for n in head_dims],
+        ["head_dim up to", *(f"{PASSES[pass_name]}, {gpu}" for pass_name, gpu in columns)],
+        [[str(n), *(cell(pass_name, n, gpu) for pass_name, gpu in columns)] for n in head_dims],
     )
 
 
@@ -88,7 +96,7 @@ def support_tables() -> str:
 {families(kernels)}
 
 On CUDA, in tiles (queries x keys) by the shared memory of a block on each compute capability:
-{memory}.
+{memory}; and on Hopper (9.0, 227 KiB), which prefers sm90.
 
 {tiles(kernels)}"""
 

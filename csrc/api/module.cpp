@@ -128,6 +128,15 @@ void translate_error(std::exception_ptr pointer) {
   }
 }
 
+// For tests: from here on the CUDA rows of other families count as left out of the build. "": none.
+void limit_family(const std::string& family) {
+  for (int row = 0; row < kNumRows; ++row) {
+    const Family of_row = table::kRows[row].family;
+    registry().kernels[row].hidden =
+        of_row != Family::kCpu && !family.empty() && family != name_of(of_row);
+  }
+}
+
 py::tuple query_cuda_device(int device_index) {
   const CudaDevice device = cuda_device(device_index);
   return py::make_tuple(device.compute_capability, device.smem_opt_in);
@@ -145,6 +154,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("runs_on", fa::runs_on, py::arg("architectures"), py::arg("compute_capability"));
   module.def("query_cuda_device", fa::api::query_cuda_device, py::arg("device_index"));
   module.def("limit_shared_memory", fa::api::limit_shared_memory, py::arg("bytes"));
+  module.def("limit_family", fa::api::limit_family, py::arg("family"));
   module.def("select_cpu_isa", fa::cpu::select_isa, py::arg("name"));
   module.def("explain", fa::api::explain, py::kw_only(), py::arg("pass_name"), py::arg("dtype"),
              py::arg("head_dim"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"),

@@ -92,6 +92,19 @@ using enum MaskMode;
 // clang-format off
 inline constexpr KernelConfig kRows[] = {
   // family  pass       dtype     head_dim  mask  tile_m tile_n warps blocks
+  // For Hopper alone, which runs every row of sm80 too.
+  {kSm90, kForward,  kBFloat16,  64, kWindow,  192,  128, 16, 1},
+  {kSm90, kForward,  kFloat16,   64, kWindow,  192,  128, 16, 1},
+  {kSm90, kForward,  kBFloat16,  96, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,   96, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 128, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,  128, kWindow,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 192, kWindow,  128,  112, 12, 1},
+  {kSm90, kForward,  kFloat16,  192, kWindow,  128,  112, 12, 1},
+  {kSm90, kForward,  kBFloat16, 256, kWindow,  128,   80, 12, 1},
+  {kSm90, kForward,  kFloat16,  256, kWindow,  128,   80, 12, 1},
+
+  // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 2},
   {kSm80, kForward,  kFloat16,   64, kWindow,  128,  128,  4, 2},
   {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2},
@@ -122,18 +135,6 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kForward,  kFloat16,  512, kWindow,   32,   32,  4, 1},
   {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   16,  4, 1},
   {kSm80, kForward,  kFloat16,  512, kWindow,   32,   16,  4, 1},
-
-  // Not preferred to the rows above until it is measured.
-  {kSm90, kForward,  kBFloat16,  64, kWindow,  192,  128, 16, 1},
-  {kSm90, kForward,  kFloat16,   64, kWindow,  192,  128, 16, 1},
-  {kSm90, kForward,  kBFloat16,  96, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kFloat16,   96, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kBFloat16, 128, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kFloat16,  128, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kBFloat16, 192, kWindow,  128,  112, 12, 1},
-  {kSm90, kForward,  kFloat16,  192, kWindow,  128,  112, 12, 1},
-  {kSm90, kForward,  kBFloat16, 256, kWindow,  128,   80, 12, 1},
-  {kSm90, kForward,  kFloat16,  256, kWindow,  128,   80, 12, 1},
 
   {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   96,  4, 2},
   {kSm80, kBackward, kFloat16,   64, kWindow,   64,   96,  4, 2},

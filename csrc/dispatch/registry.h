@@ -35,8 +35,9 @@ struct RegisteredKernel {
   void (*forward)(const FwdParams&, const LaunchContext&) = nullptr;   // of a kForward row
   void (*backward)(const BwdParams&, const LaunchContext&) = nullptr;  // of a kBackward row
   KernelResources (*resources)() = nullptr;                            // of a CUDA row
+  bool hidden = false;  // by a test, for which another row is to run
 
-  bool present() const { return forward != nullptr || backward != nullptr; }
+  bool present() const { return !hidden && (forward != nullptr || backward != nullptr); }
 };
 
 // What selection must know of a CUDA device.

@@ -26,6 +26,13 @@ bool has_machine_code(int compute_capability) {
   return compute_capability >= kOldestSm80Family && runs_on(architectures, compute_capability);
 }
 
+// Hopper's kernels exist as machine code for it alone.
+bool lacks_architecture_of(const KernelConfig& config) {
+  const std::vector<std::string> built = compiled_architectures();
+  return config.family == Family::kSm90 &&
+         std::find(built.begin(), built.end(), "sm_90a") == built.end();
+}
+
 std::string join(const std::vector<std::string>& words) {
   std::string joined;
   for (const std::string& word : words) {
@@ -134,7 +141,10 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",
                     "; a block of this device has at most ", problem.device.smem_opt_in);
     case Verdict::kNotBuilt:
-      return concat("left out of this build; rebuild with FA_HEAD_DIMS naming ", config.head_dim);
+      return concat("left out of this build; rebuild with ",
+                    lacks_architecture_of(config)
+                        ? "FA_CUDA_ARCHS naming 90a"
+                        : concat("FA_HEAD_DIMS naming ", config.head_dim));
   }
   return "";
 }

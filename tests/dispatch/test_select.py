@@ -10,13 +10,18 @@ import torch
 
 import flash_attn_cuda
 from flash_attn_cuda import _C
+from tests.support.families import only
 
 # The most shared memory of a block: RTX 30, A100, H100.
 SHARED_MEMORY = (99 * 1024, 163 * 1024, 227 * 1024)
 ARCHITECTURES = flash_attn_cuda.build_info()["architectures"]
-# A device that the build has code for: a build may be for one kind of GPU alone.
-CAPABILITY = int(ARCHITECTURES[0].partition("_")[2].rstrip("a")) if ARCHITECTURES else 0
+HOPPER = 90
+# Devices that the build has code for: it may be for one kind of GPU alone.
+CAPABILITIES = [n for n in (80, 86, 89, HOPPER, 100, 120) if _C.runs_on(ARCHITECTURES, n)]
 needs_cuda_build = pytest.mark.skipif(not ARCHITECTURES, reason="this build has no CUDA kernels")
+needs_hopper_build = pytest.mark.skipif(
+    "sm_90a" not in ARCHITECTURES, reason="this build has no kernels of sm90"
+)
 
 
 def decide(**changes: Any) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def decide(**changes: Any) -> dict[str, Any]:
         "window_left": -1,
         "window_right": -1,
         "on_cuda": True,
-        "compute_capability": CAPABILITY,
+        "compute_capability": CAPABILITIES[0] if CAPABILITIES else 0,
         "smem_opt_in": 227 * 1024,
     }
     return _C.explain(**(problem | changes))
@@ -57,7 +62,46 @@ def decide(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_documented_choices(changes: dict[str, Any], kernel: str) -> None:
-    assert decide(**changes)["kernel"].startswith(f"{kernel}_")
+    with only("sm80"):  # a build may be for Hopper alone
+        assert decide(**changes)["kernel"].startswith(f"{kernel}_")
+
+
+@needs_hopper_build
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "flash_fwd_sm90_bfloat16_d128"),
+        ({"window_right": 0}, "flash_fwd_sm90_bfloat16_d128"),
+        ({"dtype": "float16", "head_dim": 1}, "flash_fwd_sm90_float16_d64"),
+        ({"head_dim": 256}, "flash_fwd_sm90_bfloat16_d256"),
+        ({"head_dim": 257}, "flash_fwd_sm80_bfloat16_d512"),
+        ({"pass_name": "bwd"}, "flash_bwd_sm80_bfloat16_d128"),
+        ({"smem_opt_in": 99 * 1024}, "flash_fwd_sm80_bfloat16_d128"),
+    ],
+)
+def test_hopper_prefers_its_own_kernels(changes: dict[str, Any], kernel: str) -> None:
+    assert decide(compute_capability=HOPPER, **changes)["kernel"].startswith(f"{kernel}_")
+
+
+@needs_cuda_build
+def test_no_other_gpu_runs_hoppers_kernels() -> None:
+    for capability in CAPABILITIES:
+        reasons = decide(compute_capability=capability)["reasons"]
+        of_sm90 = {reason for name, reason in reasons.items() if "_sm90_" in name}
+        only_hopper = {"for GPUs of compute capability 9.0"}
+        assert (of_sm90 == only_hopper) == (capability != HOPPER)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_a_test_can_leave_out_the_other_families(family: str) -> None:
+    def built() -> set[str]:
+        return {row["family"] for row in _C.kernel_table() if row["built"]}
+
+    before = built()
+    with only(family):
+        assert built() == before & {family, "cpu"}
+    assert built() == before
 
 
 @pytest.mark.parametrize(
@@ -106,21 +150,24 @@ def test_every_size_of_shared_memory_runs_every_problem_and_every_built_row_is_c
         for dtype in ("bfloat16", "float16", "float32", "float64")
         for head_dim in (1, 512)
     }
-    for smem_opt_in in SHARED_MEMORY:
+    devices = [(CAPABILITIES[0], smem_opt_in, "sm80") for smem_opt_in in SHARED_MEMORY]
+    if HOPPER in CAPABILITIES:
+        devices.append((HOPPER, SHARED_MEMORY[-1], ""))
+    for compute_capability, smem_opt_in, family in devices:
         for pass_name in ("fwd", "bwd"):
             for dtype in ("bfloat16", "float16"):
                 for head_dim in range(1, 513):
-                    decision = decide(
-                        pass_name=pass_name,
-                        dtype=dtype,
-                        head_dim=head_dim,
-                        smem_opt_in=smem_opt_in,
-                    )
+                    with only(family):
+                        decision = decide(
+                            pass_name=pass_name,
+                            dtype=dtype,
+                            head_dim=head_dim,
+                            compute_capability=compute_capability,
+                            smem_opt_in=smem_opt_in,
+                        )
                     assert decision["kernel"], decision
                     chosen.add(decision["kernel"])
-    # The rows of sm90 come after rows that run the same.
-    rows = [row for row in _C.kernel_table() if row["family"] != "sm90"]
-    assert {row["name"] for row in rows if row["built"]} <= chosen
+    assert {row["name"] for row in _C.kernel_table() if row["built"]} <= chosen
 
 
 def test_reasons_name_every_row_of_the_pass() -> None:

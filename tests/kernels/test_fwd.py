@@ -4,26 +4,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from flash_attn_cuda import flash_attn_func
-from tests.support.cases import Case, make_inputs, on_every_device
+from tests.support.cases import Case, make_inputs
 from tests.support.compare import assert_bitwise_equal, check, run
+from tests.support.families import (
+    ALL_FAMILIES,
+    CUDA_FAMILIES,
+    device_of,
+    has_forward,
+    on_every_family,
+    only,
+)
 from tests.support.suite import DTYPES, SUITE
 
-# The CPU's kernels run every head_dim alike. Each CUDA kernel has its own tiles, and those for more
-# than 128 share scores between warps.
+# The CPU's kernels run every head_dim alike. Each CUDA kernel has its own tiles, and those of sm80
+# for more than 128 share scores between warps.
 ON_HEAD_DIMS = [
     ("cpu", 32),
-    *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (32, 96, 128, 192, 256, 512)),
+    *(
+        pytest.param(family, head_dim, marks=pytest.mark.gpu)
+        for family in CUDA_FAMILIES
+        for head_dim in (32, 96, 128, 192, 256, 512)
+        if has_forward(family, head_dim)
+    ),
 ]
-on_head_dims = pytest.mark.parametrize(("device", "head_dim"), ON_HEAD_DIMS)
+on_head_dims = pytest.mark.parametrize(("device", "head_dim"), ON_HEAD_DIMS, indirect=["device"])
 
 
-@pytest.mark.parametrize("case", on_every_device(SUITE))
-def test_every_element_is_within_the_error_bound(case: Case) -> None:
+@pytest.fixture(params=ALL_FAMILIES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of a family, which has no kernels but that family's."""
+    name = device_of(request.param)
+    with only(request.param):
+        yield name
+
+
+@pytest.mark.parametrize(("device", "case"), on_every_family(SUITE), indirect=["device"], ids=str)
+def test_every_element_is_within_the_error_bound(device: str, case: Case) -> None:
     check(case, backward=False)
 
 

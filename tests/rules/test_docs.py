@@ -12,6 +12,7 @@ import pytest
 
 import flash_attn_cuda
 from flash_attn_cuda import _C
+from tests.support.families import only
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = flash_attn_cuda.build_info()
@@ -36,21 +37,26 @@ def test_support_tables_are_the_kernel_tables(table: ModuleType) -> None:
 @pytest.mark.skipif(BUILD["cuda_version"] is None, reason="this build has no CUDA kernels")
 @pytest.mark.parametrize("pass_name", ["fwd", "bwd"])
 def test_support_tables_choose_as_selection_does(table: ModuleType, pass_name: str) -> None:
-    for kib in table.MEMORY:
+    capabilities = [n for n in (80, 86, 89, 90, 100, 120) if _C.runs_on(BUILD["architectures"], n)]
+    for gpu, (kib, families) in table.GPUS.items():
+        on_hopper = "sm90" in families
+        if on_hopper and "sm_90a" not in BUILD["architectures"]:
+            continue
         for head_dim in (1, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257, 512):
-            decision = _C.explain(
-                pass_name=pass_name,
-                dtype="bfloat16",
-                head_dim=head_dim,
-                seqlen_q=1000,
-                seqlen_k=1000,
-                window_left=-1,
-                window_right=0,
-                on_cuda=True,
-                compute_capability=int(BUILD["architectures"][0].partition("_")[2].rstrip("a")),
-                smem_opt_in=kib * 1024,
-            )
-            row = table.first_row(BUILD["kernels"], pass_name, "bfloat16", head_dim, kib)
+            with only("" if on_hopper else "sm80"):
+                decision = _C.explain(
+                    pass_name=pass_name,
+                    dtype="bfloat16",
+                    head_dim=head_dim,
+                    seqlen_q=1000,
+                    seqlen_k=1000,
+                    window_left=-1,
+                    window_right=0,
+                    on_cuda=True,
+                    compute_capability=90 if on_hopper else capabilities[0],
+                    smem_opt_in=kib * 1024,
+                )
+            row = table.first_row(BUILD["kernels"], pass_name, "bfloat16", head_dim, gpu)
             assert decision["kernel"] == row["name"]
 
 
