@@ -5,6 +5,7 @@
 #pragma once
 
 #include "device/fragment.cuh"
+#include "device/smem.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace fa::device {
