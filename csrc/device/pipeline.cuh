@@ -14,10 +14,10 @@ struct Ring {
   uint64_t empty[kStages];
 
   // By one thread.
-  FA_DEVICE void init(int releases) {
+  FA_DEVICE void init(int releases, int fills = 1) {
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(full[stage], 1);
+      ptx::mbarrier_init(full[stage], fills);
       ptx::mbarrier_init(empty[stage], releases);
     }
   }
@@ -40,7 +40,7 @@ class RingPosition {
     return s_ring.full[stage()];
   }
 
-  // Producer, by one thread: the stage has been written.
+  // Producer, by each thread that has written to the stage.
   FA_DEVICE void fill(Ring<kStages>& s_ring) const { ptx::mbarrier_arrive(s_ring.full[stage()]); }
 
   // Consumer: until the tile has arrived.

@@ -191,7 +191,6 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
         q_at.wait(s_q_ring);
         if constexpr (!Traits::kStoresThroughQueries) {
           q_at.release(s_q_ring);
-          ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);
         } else if (thread < ptx::kWarpSize) {
           q_at.release(s_q_ring);
         }
@@ -353,7 +352,9 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                        warpgroup_barrier);
       q_at.advance();
     } else {
-      ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);  // all have read their last v
+      if (!s_work.seen[1 - warpgroup].empty()) {
+        ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);  // both have read their last v
+      }
       auto& s_out = s.out_in(s.v[v_held.stage()], warpgroup);
       store_through<0>(r_elements, s_out, 0, maps.out, origin, out_rows(), warpgroup_barrier);
       if (thread == 0) {
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) {
       ptx::prefetch_tensor_map(map);
     }
-    s.work_ring.init(Traits::kMathWarps + 1);  // and the warp that loads keys and values
+    s.work_ring.init(Traits::kMathWarps + 1, Traits::kMathWarpgroups);  // 1: to load keys
     for (auto& s_ring : s.q_ring) {
       s_ring.init(Traits::kStoresThroughQueries ? 1 : Traits::kMathWarps / Traits::kMathWarpgroups);
     }

@@ -49,10 +49,10 @@ FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
     work_at.wait_empty(s.work_ring);
     auto& s_work = s.work[work_at.stage()];
     s_work.write(params, work);
-    __syncwarp();
-    if (ptx::lane_index() == 0) {
+    if (ptx::lane_index() < Traits::kMathWarpgroups) {
       work_at.fill(s.work_ring);
     }
+    __syncwarp();
     work_at.advance();
     return s_work;
   };

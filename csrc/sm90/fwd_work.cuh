@@ -95,7 +95,7 @@ struct SharedFwdWork : FwdWork {
 
   float* lse;  // of the sequence's first query
 
-  // By one warp.
+  // By one warp, of which as many lanes write as there are math warpgroups.
   FA_DEVICE void write(const FwdParams& params, const FwdWork& work) {
     const int warpgroup = ptx::lane_index();
     if (warpgroup == 0) {

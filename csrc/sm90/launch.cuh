@@ -15,19 +15,22 @@
 
 namespace fa::sm90 {
 
-// Heads whose tiles are taken together, the longest first. Equal groups with work for all blocks
-// twice over leave little to wait for at the end, and have their keys and values in L2. Where all
-// tiles are equally long, a head at a time.
+// Heads whose tiles are taken together, the longest first: equal groups with keys and values for
+// part of L2, but with work for all blocks, so that there is little to wait for at the end. Where
+// all tiles are equally long, a head at a time.
 inline int head_group(const FwdParams& params, int tiles) {
   const Shape& shape = params.shape;
   const bool equal_lengths = params.keys.cu_seqlens == nullptr && params.keys.seqused == nullptr;
   if (params.window.is_full() && equal_lengths) {
     return 1;
   }
+  constexpr int64_t kGroupBytes = 16 << 20;
   const int64_t heads = int64_t{shape.num_heads} * shape.batch;
-  const int64_t items_of_group = 2 * support::multiprocessors();
-  const int64_t groups = max((heads * tiles + items_of_group / 2) / items_of_group, int64_t{1});
-  return static_cast<int>(ceil_div(heads, groups));
+  const int64_t bytes =
+      int64_t{2} * 2 * shape.batch * shape.num_heads_kv * shape.seqlen_k * shape.head_dim;
+  const int64_t most_groups = heads * tiles / support::multiprocessors();
+  const int64_t groups = min((bytes + kGroupBytes / 2) / kGroupBytes, most_groups);
+  return static_cast<int>(ceil_div(heads, max(groups, int64_t{1})));
 }
 
 template <typename Traits>

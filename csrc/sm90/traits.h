@@ -62,7 +62,8 @@ struct FwdTraits {
   static constexpr bool kStoresThroughQueries = kQStages == 2;
   using OutTile = device::SmemTile<Element, device::kWarpgroupRows, 128>;
   static_assert(kStoresThroughQueries ||
-                (kMathWarpgroups * sizeof(OutTile) <= sizeof(Rows<kTileN>) &&
+                (kMathWarpgroups == 2 &&
+                 kMathWarpgroups * sizeof(OutTile) <= sizeof(Rows<kTileN>) &&
                  kHeadDim <= 2 * OutTile::kCols));
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
