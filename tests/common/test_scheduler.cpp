@@ -67,7 +67,7 @@ void check_last_first(const TileScheduler& scheduler) {
 
 // A group of heads after the other, in each the last tile of all its heads first.
 void check_last_first_of_group(const TileScheduler& scheduler, int group) {
-  for (int64_t index = 0; index + 1 < scheduler.count(); ++index) {
+  for (uint32_t index = 0; index + 1 < scheduler.count(); ++index) {
     const auto group_of = [&](const WorkTile& work) {
       return (work.batch * scheduler.heads + work.head) / group;
     };
@@ -127,11 +127,20 @@ void check_beyond_32_bits(const TileScheduler& scheduler) {
       const WorkTile work = scheduler.at(index);
       FA_EXPECT(inside(work, scheduler), "index", index);
       FA_EXPECT(position(work, scheduler) == index, "index", index);
-      const WorkTile alone = scheduler.last_first_of_group(index, 1);
-      FA_EXPECT(
-          position({scheduler.tiles - 1 - alone.tile, alone.head, alone.batch}, scheduler) == index,
-          "index", index);
     }
+  }
+}
+
+// Groups count in 32 bits, all of them.
+void check_groups_up_to_32_bits(const TileScheduler& scheduler) {
+  FA_EXPECT(scheduler.count() <= std::numeric_limits<uint32_t>::max());
+  for (const int64_t index : {int64_t{0}, (int64_t{1} << 31) - 1, int64_t{1} << 31,
+                              scheduler.count() - 2, scheduler.count() - 1}) {
+    const WorkTile work = scheduler.last_first_of_group(static_cast<uint32_t>(index), 1);
+    FA_EXPECT(inside(work, scheduler), "index", index);
+    FA_EXPECT(
+        position({scheduler.tiles - 1 - work.tile, work.head, work.batch}, scheduler) == index,
+        "index", index);
   }
 }
 
@@ -149,7 +158,7 @@ int main() {
                                 [&](int64_t index) { return scheduler.heads_first(index); });
         for (const int group : {1, 2, 3, 100}) {
           check_each_visited_once(scheduler, [&](int64_t index) {
-            return scheduler.last_first_of_group(index, group);
+            return scheduler.last_first_of_group(static_cast<uint32_t>(index), group);
           });
           check_last_first_of_group(scheduler, group);
         }
@@ -173,5 +182,8 @@ int main() {
   check_beyond_32_bits({kLargest, kLargest, 2});
   check_beyond_32_bits({1, kLargest, kLargest});
   check_beyond_32_bits({kLargest, 1, kLargest});
+  check_groups_up_to_32_bits({(1 << 23) - 1, 128, 4});
+  check_groups_up_to_32_bits({1, kLargest, 2});
+  check_groups_up_to_32_bits({kLargest, 1, 2});
   return fa::test::report("common/test_scheduler");
 }
