@@ -57,8 +57,8 @@ struct FwdTraits {
   static constexpr int kTrimmedCols = kTileN == 80 ? 48 : 64;
   using TrimmedProbabilities = device::OperandA<Element, device::kBlockRows, kTrimmedCols>;
 
-  // out leaves through the shared memory of its queries where there is a second stage for the next;
-  // else through that of the last values, in two parts.
+  // The way of out to global memory leads through the shared memory of its queries where the next
+  // have a second stage, and else through that of the last values, in two parts.
   static constexpr bool kStoresThroughQueries = kQStages == 2;
   using OutTile = device::SmemTile<Element, device::kWarpgroupRows, 128>;
   static_assert(kStoresThroughQueries ||

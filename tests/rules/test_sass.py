@@ -71,7 +71,12 @@ def test_faults(sass: ModuleType) -> None:
 
 @pytest.mark.parametrize("follows", [False, True])
 def test_exponentials_run_under_products(sass: ModuleType, follows: bool) -> None:
-    under, late = ["MUFU", "WARPGROUP"], ["WARPGROUP", "MUFU"]
-    opcodes = ["UTMALDG", "HGMMA", *(late if follows else under), "BRA"]
-    found = list(sass.faults(sass.Code(opcodes, [range(1, 5)]), 4))
+    under, late = ["MUFU", sass.WAIT], [sass.WAIT, "MUFU"]
+    opcodes = ["UTMALDG", "HGMMA", sass.WAIT, *(late if follows else under), "BRA"]
+    found = list(sass.faults(sass.Code(opcodes, [range(1, 6)]), 5))
     assert found == (["1 of its 1 exponentials follow the products"] if follows else [])
+
+
+def test_exponentials_may_follow_both_products(sass: ModuleType) -> None:
+    code = sass.Code(["UTMALDG", "HGMMA", sass.WAIT, "MUFU", "BRA"], [range(1, 5)])
+    assert list(sass.faults(code, 4)) == []
