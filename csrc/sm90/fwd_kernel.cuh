@@ -159,11 +159,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     }
     const Range key_tiles = {ptx::uniform(s_work.key_tiles.begin),
                              ptx::uniform(s_work.key_tiles.end)};
-    // Of these tiles, the ones that this warpgroup sees, and of those the ones that need no mask.
-    const Range seen = {ptx::uniform(s_work.seen[warpgroup].begin),
-                        ptx::uniform(s_work.seen[warpgroup].end)};
-    const Range unmasked = {ptx::uniform(s_work.unmasked[warpgroup].begin),
-                            ptx::uniform(s_work.unmasked[warpgroup].end)};
+    const KeyTiles& s_tiles = s_work.of_warpgroup[warpgroup];
+    const Range seen = {ptx::uniform(s_tiles.seen.begin), ptx::uniform(s_tiles.seen.end)};
+    const Range unmasked = {ptx::uniform(s_tiles.unmasked.begin),
+                            ptx::uniform(s_tiles.unmasked.end)};
     const int first_query = ptx::uniform(s_work.first_query);
     const int warp_query = first_query + warp_row;
     const auto store_lse = [&](const typename Out::RowValues& lse) {
@@ -281,8 +280,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
         step_between(masked, r_p, r_p);
       }
     };
-    const bool is_trimmed =
-        Traits::kTrims && seen.size() > 1 && ptx::uniform(s_work.trims_last[warpgroup]) != 0;
+    const bool is_trimmed = Traits::kTrims && seen.size() > 1 &&
+                            ptx::uniform(s_tiles.last_cols) <= Traits::kTrimmedCols;
     const int end = is_trimmed ? seen.end - 1 : seen.end;
     ++j;
     while (j < end && j < unmasked.begin) {
@@ -352,7 +351,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                        warpgroup_barrier);
       q_at.advance();
     } else {
-      if (!s_work.seen[1 - warpgroup].empty()) {
+      if (!s_work.of_warpgroup[1 - warpgroup].seen.empty()) {
         ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);  // both have read their last v
       }
       auto& s_out = s.out_in(s.v[v_held.stage()], warpgroup);

@@ -2,6 +2,7 @@
 // What the blocks of the forward kernel work on, and how they share it.
 #pragma once
 
+#include "common/key_tiles.h"
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/pipeline.cuh"
@@ -55,21 +56,7 @@ struct FwdWork {
     const int first_query = tile.tile * kTileM;
     return {tile,        queries,
             keys,        window,
-            first_query, tiles_seen_by_any<kTileN>(window, {first_query, first_query + kTileM})};
-  }
-
-  // The tiles of keys of which at least one key is seen by at least one of the queries.
-  template <int kTileN>
-  static FA_DEVICE Range tiles_seen_by_any(const WindowMask& window, Range queries) {
-    const Range seen = window.keys_seen_by_any(queries);
-    return seen.empty() ? Range{0, 0} : Range{seen.begin / kTileN, ceil_div(seen.end, kTileN)};
-  }
-
-  // The tiles of keys of which every key is seen by every one of the queries.
-  template <int kTileN>
-  static FA_DEVICE Range tiles_seen_by_all(const WindowMask& window, Range queries) {
-    const Range seen = window.keys_seen_by_all(queries);
-    return {ceil_div(seen.begin, kTileN), seen.end / kTileN};
+            first_query, KeyTiles::of(window, {first_query, first_query + kTileM}, kTileN).seen};
   }
 
   // Where TMA finds the sequences: packed ones are all in one batch entry.
@@ -87,12 +74,9 @@ struct FwdWork {
 };
 
 // The same in shared memory, with what each math warpgroup sees.
-template <int kWarpgroups, int kTileN, int kTrimmedCols>
+template <int kWarpgroups, int kTileN>
 struct SharedFwdWork : FwdWork {
-  Range seen[kWarpgroups];
-  Range unmasked[kWarpgroups];
-  int trims_last[kWarpgroups];  // no more than kTrimmedCols keys of the last tile are seen
-
+  KeyTiles of_warpgroup[kWarpgroups];
   float* lse;  // of the sequence's first query
 
   // By one warp, of which as many lanes write as there are math warpgroups.
@@ -104,11 +88,8 @@ struct SharedFwdWork : FwdWork {
     }
     if (warpgroup < kWarpgroups) {
       const int first = work.first_query + warpgroup * device::kWarpgroupRows;
-      const Range rows = {first, first + device::kWarpgroupRows};
-      seen[warpgroup] = tiles_seen_by_any<kTileN>(work.window, rows);
-      unmasked[warpgroup] = tiles_seen_by_all<kTileN>(work.window, rows);
-      const int last_keys = (work.window.keys_seen_by_any(rows).end - 1) % kTileN + 1;
-      trims_last[warpgroup] = last_keys <= kTrimmedCols;
+      of_warpgroup[warpgroup] =
+          KeyTiles::of(work.window, {first, first + device::kWarpgroupRows}, kTileN);
     }
   }
 };

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/check.h"
+#include "common/key_tiles.h"
 #include "common/math.h"
 #include "dispatch/registry.h"
 #include "sm90/fwd_kernel.cuh"
@@ -14,24 +15,6 @@
 #include "support/work_counter.h"
 
 namespace fa::sm90 {
-
-// Heads whose tiles are taken together, the longest first: equal groups with keys and values for
-// part of L2, but with work for all blocks, so that there is little to wait for at the end. Where
-// all tiles are equally long, a head at a time.
-inline int head_group(const FwdParams& params, int tiles) {
-  const Shape& shape = params.shape;
-  const bool equal_lengths = params.keys.cu_seqlens == nullptr && params.keys.seqused == nullptr;
-  if (params.window.is_full() && equal_lengths) {
-    return 1;
-  }
-  constexpr int64_t kGroupBytes = 16 << 20;
-  const int64_t heads = int64_t{shape.num_heads} * shape.batch;
-  const int64_t bytes =
-      int64_t{2} * 2 * shape.batch * shape.num_heads_kv * shape.seqlen_k * shape.head_dim;
-  const int64_t most_groups = heads * tiles / support::multiprocessors();
-  const int64_t groups = min((bytes + kGroupBytes / 2) / kGroupBytes, most_groups);
-  return static_cast<int>(ceil_div(heads, max(groups, int64_t{1})));
-}
 
 template <typename Traits>
 FwdTensorMaps tensor_maps(const FwdParams& params) {
@@ -68,7 +51,7 @@ inline Schedule make_schedule(const FwdParams& params, int tile_m, void* stream)
         " tiles of ", tile_m, " queries in all heads and batch entries, got ", tiles.count());
   return {.tiles = tiles,
           .items = static_cast<uint32_t>(tiles.count()),
-          .head_group = head_group(params, tiles.tiles),
+          .head_group = head_group(params, tiles.tiles, most_blocks),
           .counter = tiles.count() > most_blocks ? support::work_counter(stream) : nullptr};
 }
 

@@ -76,7 +76,7 @@ struct FwdTraits {
     device::Ring<kQStages> q_ring[kMathWarpgroups];
     device::Ring<kStages> k_ring;
     device::Ring<kStages> v_ring;
-    SharedFwdWork<kMathWarpgroups, kTileN, kTrimmedCols> work[kStages];
+    SharedFwdWork<kMathWarpgroups, kTileN> work[kStages];
 
     // A warpgroup's part of a stage of v.
     static FA_DEVICE OutTile& out_in(Rows<kTileN>& s_values, int warpgroup) {

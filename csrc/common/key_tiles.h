@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The tiles of keys that some consecutive queries meet, and how many heads are taken together.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+#include "common/params.h"
+#include "common/window.h"
+
+namespace fa {
+
+struct KeyTiles {
+  Range seen;      // at least one key is seen by at least one of the queries
+  Range unmasked;  // of these, every key is seen by every one of the queries; may be inverted
+  int last_cols;   // keys of the last tile seen, up to the last one that any of the queries sees
+
+  FA_HOST_DEVICE static constexpr KeyTiles of(const WindowMask& window, Range queries, int tile_n) {
+    const Range any = window.keys_seen_by_any(queries);
+    if (any.empty()) {
+      return {{0, 0}, {0, 0}, 0};
+    }
+    const Range all = window.keys_seen_by_all(queries);
+    const int end = ceil_div(any.end, tile_n);
+    return {{any.begin / tile_n, end},
+            {ceil_div(all.begin, tile_n), all.end / tile_n},
+            any.end - (end - 1) * tile_n};
+  }
+};
+
+// Heads whose tiles of queries are taken together, the longest first: equal groups with work for
+// all `blocks` twice over, so that there is little to wait for at the end. For short sequences once
+// over: they wait for memory, and have the keys and values of fewer heads in L2. Where all tiles
+// are equally long, a head at a time. tiles: of queries, per head; more than 0.
+FA_HOST_DEVICE constexpr int head_group(const FwdParams& params, int tiles, int blocks) {
+  constexpr int kShort = 1024;
+  const Shape& shape = params.shape;
+  const bool equal_lengths = params.keys.cu_seqlens == nullptr && params.keys.seqused == nullptr;
+  if (params.window.is_full() && equal_lengths) {
+    return 1;
+  }
+  const int64_t heads = int64_t{shape.num_heads} * shape.batch;
+  const int64_t items_of_group = int64_t{blocks} * (shape.seqlen_k < kShort ? 1 : 2);
+  const int64_t groups = (heads * tiles + items_of_group / 2) / items_of_group;
+  return static_cast<int>(ceil_div(heads, max(groups, int64_t{1})));
+}
+
+}  // namespace fa

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// KeyTiles names all tiles that queries see and no mask is missing, for every warpgroup of every
+// Hopper row and many geometries. What the warpgroups of a block see differs by as little as the
+// rings of that kernel need. head_group makes groups of equal size with work for all blocks.
+#include "common/key_tiles.h"
+
+#include <cstdint>
+#include <limits>
+
+#include "dispatch/kernel_table.h"
+#include "tests/support/check.h"
+
+namespace {
+
+using fa::FwdParams;
+using fa::KeyTiles;
+using fa::Range;
+using fa::WindowMask;
+
+constexpr int kWarpgroupRows = 64;
+
+struct Tiling {
+  int tile_m;
+  int tile_n;
+};
+
+// Pairs that are visible are in a tile that is seen, and before the last column of the last one;
+// pairs of an unmasked tile are all visible.
+void check_tiles(const WindowMask& window, Range queries, int tile_n) {
+  const KeyTiles tiles = KeyTiles::of(window, queries, tile_n);
+  for (int query = queries.begin; query < queries.end && query < window.seqlen_q(); ++query) {
+    for (int key = 0; key < window.seqlen_k() + tile_n; ++key) {
+      const int tile = key / tile_n;
+      const bool is_seen = tiles.seen.begin <= tile && tile < tiles.seen.end;
+      if (window.allows(query, key)) {
+        FA_EXPECT(is_seen, "query", query, "key", key);
+        FA_EXPECT(tile < tiles.seen.end - 1 || key % tile_n < tiles.last_cols, "query", query,
+                  "key", key);
+      } else if (is_seen && tiles.unmasked.begin <= tile && tile < tiles.unmasked.end) {
+        FA_EXPECT(false, "unmasked tile", tile, "query", query, "key", key);
+      }
+    }
+  }
+  if (!tiles.seen.empty()) {
+    FA_EXPECT(0 < tiles.last_cols && tiles.last_cols <= tile_n, "last_cols", tiles.last_cols);
+  }
+}
+
+// A warpgroup skips the tiles of its block that it does not see. While it skips the first it holds
+// values back, and wide heads hold the last ones while they skip those behind: the loading warp
+// must not come to wait for these.
+void check_skips(const WindowMask& window, Range queries, const Tiling& tiling) {
+  const Range block = KeyTiles::of(window, queries, tiling.tile_n).seen;
+  for (int first = queries.begin; first < queries.end; first += kWarpgroupRows) {
+    const Range rows = {first, first + kWarpgroupRows};
+    check_tiles(window, rows, tiling.tile_n);
+    const Range own = KeyTiles::of(window, rows, tiling.tile_n).seen;
+    if (own.empty()) {
+      continue;
+    }
+    FA_EXPECT(block.begin <= own.begin && own.end <= block.end, "first", first);
+    FA_EXPECT(own.begin - block.begin <= 3, "skipped", own.begin - block.begin);
+    if (tiling.tile_m == 128) {
+      FA_EXPECT(block.end - own.end <= 1, "skipped", block.end - own.end);
+    }
+  }
+}
+
+void check_groups(FwdParams params, int tiles, int blocks) {
+  const int64_t heads = int64_t{params.shape.num_heads} * params.shape.batch;
+  const int group = fa::head_group(params, tiles, blocks);
+  FA_EXPECT(1 <= group && group <= heads, "group", group, "heads", heads);
+  FA_EXPECT(int64_t{group} * tiles <= std::numeric_limits<int>::max(), "group", group);
+  if (params.window.is_full()) {
+    FA_EXPECT_EQ(group, 1, "heads", heads);
+  } else if (group < heads) {
+    FA_EXPECT(int64_t{2} * group * tiles >= blocks, "group", group, "tiles", tiles);
+  }
+}
+
+FwdParams params_of(int batch, int heads, int seqlen, bool causal) {
+  return {.shape = {batch, heads, heads, seqlen, seqlen, 128},
+          .window = WindowMask(seqlen, seqlen, -1, causal ? 0 : -1),
+          .softmax_scale = 1.0,
+          .q = {},
+          .k = {},
+          .v = {},
+          .out = {},
+          .softmax_lse = {}};
+}
+
+}  // namespace
+
+int main() {
+  for (const fa::KernelConfig& row : fa::table::kRows) {
+    if (row.family != fa::Family::kSm90 || row.dtype != fa::Dtype::kBFloat16) {
+      continue;
+    }
+    const Tiling tiling = {row.tile_m, row.tile_n};
+    for (const int seqlen_q : {1, 64, 65, 127, 193, 300}) {
+      for (const int seqlen_k : {1, 48, 80, 129, 256, 333}) {
+        for (const int left : {-1, 0, 5, 100}) {
+          for (const int right : {-1, 0, 7, 150}) {
+            const WindowMask window(seqlen_q, seqlen_k, left, right);
+            for (int first = 0; first < seqlen_q; first += tiling.tile_m) {
+              check_skips(window, {first, first + tiling.tile_m}, tiling);
+            }
+          }
+        }
+      }
+    }
+  }
+  for (const int blocks : {1, 2, 78, 114, 132, 148}) {
+    for (const int heads : {1, 2, 8, 17, 64}) {
+      for (const int batch : {1, 3, 32, 70000}) {
+        for (const int tiles : {1, 2, 7, 86, 1 << 22}) {
+          check_groups(params_of(batch, heads, tiles * 128 - 5, false), tiles, blocks);
+          check_groups(params_of(batch, heads, tiles * 128 - 5, true), tiles, blocks);
+        }
+      }
+    }
+  }
+  return fa::test::report("common/test_key_tiles");
+}
