@@ -41,14 +41,20 @@ class Decision:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`explain`; ``print`` it."""
+    """The answer of :func:`explain`; ``print`` it.
+
+    ``copies`` tells which of q, k, v are copied first, and why.
+    """
 
     device: str
     forward: Decision
     backward: Decision
+    copies: dict[str, str]
 
     def __str__(self) -> str:
-        return f"on {self.device}\n  forward: {self.forward}\n  backward: {self.backward}"
+        lines = [f"on {self.device}", f"  forward: {self.forward}", f"  backward: {self.backward}"]
+        lines += [f"  copies {name} first: {reason}" for name, reason in self.copies.items()]
+        return "\n".join(lines)
 
 
 def explain(
@@ -61,7 +67,7 @@ def explain(
 ) -> Explanation:
     """Which kernels :func:`flash_attn_func` would run for these arguments, and why not the others.
 
-    Nothing is launched, and only shapes, dtypes and devices of the tensors are read.
+    Nothing is launched, and only shapes, strides, dtypes and devices of the tensors are read.
 
     Args:
         q, k, v, causal, window_size: as of :func:`flash_attn_func`.
@@ -100,7 +106,20 @@ def explain(
         )
         return Decision(decision["kernel"], decision.get("error"), decision["reasons"])
 
-    return Explanation(device, decide("fwd"), decide("bwd"))
+    reasons = {name: _why_copied(tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
+    copies = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Explanation(device, decide("fwd"), decide("bwd"), copies)
+
+
+def _why_copied(tensor: Tensor) -> str | None:
+    reason: str | None = _C.why_copied(
+        sizes=tuple(tensor.shape),
+        strides=tensor.stride(),
+        address=tensor.storage_offset() * tensor.element_size(),  # memory itself is aligned
+        element_bytes=tensor.element_size(),
+        on_cuda=tensor.device.type == "cuda",
+    )
+    return reason
 
 
 def build_info() -> dict[str, Any]:

@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "api/launch.h"
+#include "api/tensors.h"
 #include "common/check.h"
 #include "cpu/isa.h"
 
@@ -90,6 +94,13 @@ py::dict explain(const std::string& pass, const std::string& dtype, int head_dim
   return decision;
 }
 
+std::optional<std::string> why_copied_of(const std::array<int64_t, 4>& sizes,
+                                         const std::array<int64_t, 4>& strides, uint64_t address,
+                                         int64_t element_bytes, bool on_cuda) {
+  const char* reason = why_copied({sizes, strides, address, element_bytes, on_cuda});
+  return reason == nullptr ? std::nullopt : std::optional<std::string>(reason);
+}
+
 py::dict kernel_resources() {
   py::dict resources;
   for (int row = 0; row < kNumRows; ++row) {
@@ -156,6 +167,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("limit_shared_memory", fa::api::limit_shared_memory, py::arg("bytes"));
   module.def("limit_family", fa::api::limit_family, py::arg("family"));
   module.def("select_cpu_isa", fa::cpu::select_isa, py::arg("name"));
+  module.def("why_copied", fa::api::why_copied_of, py::kw_only(), py::arg("sizes"),
+             py::arg("strides"), py::arg("address"), py::arg("element_bytes"), py::arg("on_cuda"));
   module.def("explain", fa::api::explain, py::kw_only(), py::arg("pass_name"), py::arg("dtype"),
              py::arg("head_dim"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"),
              py::arg("window_right"), py::arg("on_cuda"), py::arg("compute_capability"),

@@ -14,7 +14,7 @@ namespace {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async
+constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async, and what TMA asks of strides
 constexpr int64_t kCudaHeadDimMultiple = 8;
 constexpr size_t kMaxDims = 4;  // of a tensor made here
 
@@ -92,15 +92,13 @@ int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-bool aligned_for_cuda(const Argument& argument) {
-  const int64_t bytes = bytes_of(dtype_of(argument));
-  bool aligned =
-      reinterpret_cast<uintptr_t>(argument.tensor.const_data_ptr()) % kCudaAlignment == 0;
-  for (int dim = 0; dim < 3; ++dim) {
-    aligned = aligned &&
-              (argument.sizes[dim] <= 1 || argument.strides[dim] * bytes % kCudaAlignment == 0);
-  }
-  return aligned;
+Layout layout_of(const Argument& argument) {
+  Layout layout = {.address = reinterpret_cast<uintptr_t>(argument.tensor.const_data_ptr()),
+                   .element_bytes = bytes_of(dtype_of(argument)),
+                   .on_cuda = argument.device.is_cuda()};
+  std::copy_n(argument.sizes.begin(), layout.sizes.size(), layout.sizes.begin());
+  std::copy_n(argument.strides.begin(), layout.strides.size(), layout.strides.begin());
+  return layout;
 }
 
 // As torch's stable ABI numbers it.
@@ -209,15 +207,34 @@ int kernel_head_dim(const Argument& argument) {
                                   : round_up(head_dim, static_cast<int>(kCudaHeadDimMultiple));
 }
 
+const char* why_copied(const Layout& layout) {
+  const auto& [sizes, strides, address, element_bytes, on_cuda] = layout;
+  if (strides[3] != 1 && sizes[3] != 1) {
+    return "its head_dim is not contiguous";
+  }
+  if (!on_cuda) {
+    return nullptr;
+  }
+  if (sizes[3] % kCudaHeadDimMultiple != 0) {
+    return "its head_dim is not a multiple of 8";
+  }
+  if (address % kCudaAlignment != 0) {
+    return "its address is not a multiple of 16 bytes";
+  }
+  for (int dim = 0; dim < 3; ++dim) {
+    if (sizes[dim] > 1 && strides[dim] * element_bytes % kCudaAlignment != 0) {
+      return "its strides are not multiples of 16 bytes";
+    }
+  }
+  return nullptr;
+}
+
 Tensor readable(const Argument& argument) {
   const Tensor& tensor = argument.tensor;
-  const int64_t head_dim = argument.sizes[3];
-  const int64_t padding = kernel_head_dim(argument) - head_dim;
-  const bool contiguous_head_dim = argument.strides[3] == 1 || head_dim == 1;
-  if (padding == 0 && contiguous_head_dim &&
-      (argument.device.is_cpu() || aligned_for_cuda(argument))) {
+  if (why_copied(layout_of(argument)) == nullptr) {
     return tensor;
   }
+  const int64_t padding = kernel_head_dim(argument) - argument.sizes[3];
   return allocate(argument, tensor.numel(), [&] {
     if (padding > 0) {
       const int64_t last_dim_padding[] = {0, padding};

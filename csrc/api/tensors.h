@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <cstdint>
 #include <optional>
 
 #include "common/params.h"
@@ -52,6 +54,18 @@ int kernel_head_dim(const Argument& argument);
 // The tensor itself where a kernel can read it in place; otherwise a copy with a contiguous last
 // dimension and, on CUDA, 16-byte aligned rows and head_dim padded with zeros to kernel_head_dim.
 Tensor readable(const Argument& argument);
+
+// How a (batch, seqlen, heads, head_dim) tensor lies in memory. Strides are in elements.
+struct Layout {
+  std::array<int64_t, 4> sizes;
+  std::array<int64_t, 4> strides;
+  uint64_t address;  // or its remainder by 16
+  int64_t element_bytes;
+  bool on_cuda;
+};
+
+// Why no kernel can read a tensor where it lies, so that readable() copies it; null where they can.
+const char* why_copied(const Layout& layout);
 
 // The tensor itself, or a contiguous copy.
 Tensor make_contiguous(const Argument& argument);
