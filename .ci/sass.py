@@ -5,8 +5,8 @@ A kernel moves tiles by TMA and multiplies by wgmma, so UTMALDG and HGMMA occur 
 HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory. Its main
 loop is the shortest that holds HGMMA: the one without masks. How many instructions it has, those
 included that rarely run because the softmax must raise its base, a budget keeps from growing
-unnoticed. Where it waits for its two products one by one (DEPBAR), the exponentials (MUFU) run under
-the second, which is before the last wait.
+unnoticed. Where it waits for its two products one by one (DEPBAR), the exponentials (MUFU) run
+under the second, which is before the last wait.
 """
 
 from __future__ import annotations

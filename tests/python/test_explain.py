@@ -13,8 +13,8 @@ def test_report_on_the_cpu() -> None:
     q, k, v = torch.randn(3, 2, 5, 4, 16).unbind()
     answer = explain(q, k, v)
     assert answer.device == "the CPU"
-    assert answer.forward.kernel is not None and answer.forward.kernel.startswith("flash_fwd_cpu")
-    assert answer.backward.kernel is not None and answer.backward.kernel.startswith("flash_bwd_cpu")
+    assert "flash_fwd_cpu" in str(answer.forward.kernel)
+    assert "flash_bwd_cpu" in str(answer.backward.kernel)
     assert answer.copies == {}
     assert "copies" not in str(answer)
 
