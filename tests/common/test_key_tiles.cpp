@@ -24,8 +24,8 @@ struct Tiling {
   int tile_n;
 };
 
-// Pairs that are visible are in a tile that is seen, and before the last column of the last one;
-// pairs of an unmasked tile are all visible.
+// Pairs that are visible are in a tile that is seen, and before the last column of the last one. Of
+// an unmasked tile all pairs are visible.
 void check_tiles(const WindowMask& window, Range queries, int tile_n) {
   const KeyTiles tiles = KeyTiles::of(window, queries, tile_n);
   for (int query = queries.begin; query < queries.end && query < window.seqlen_q(); ++query) {
