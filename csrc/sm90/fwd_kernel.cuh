@@ -188,9 +188,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       }
       if (!key_tiles.empty()) {
         q_at.wait(s_q_ring);
-        if constexpr (!Traits::kStoresThroughQueries) {
-          q_at.release(s_q_ring);
-        } else if (thread < ptx::kWarpSize) {
+        if (!Traits::kStoresThroughQueries || thread < ptx::kWarpSize) {
           q_at.release(s_q_ring);
         }
         q_at.advance();
