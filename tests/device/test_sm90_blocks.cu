@@ -145,11 +145,11 @@ struct alignas(1024) ProductMemory {
   B b;
 };
 
-template <typename Element, int kCols, int kTileCols, int kDepth>
+template <typename Element, int kCols, int kTileCols, int kDepth, int kTileRows>
 __global__ void abt_kernel(const Element* g_a, const Element* g_b, float* g_sum) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using A = SmemTile<Element, 2 * device::kWarpgroupRows, kTileCols>;
-  using B = SmemTile<Element, kCols, kTileCols>;
+  using B = SmemTile<Element, kTileRows, kTileCols>;
   auto& s = device::shared_memory<ProductMemory<A, B>>();
   fill_tile(s.a, g_a);
   fill_tile(s.b, g_b);
@@ -165,21 +165,25 @@ __global__ void abt_kernel(const Element* g_a, const Element* g_b, float* g_sum)
 #endif
 }
 
-// The second 64 rows of a, the first kDepth columns of tiles of kTileCols.
-template <typename Element, int kCols, int kTileCols, int kDepth>
+std::string depth_name(int depth, int tile_rows) {
+  return " depth " + std::to_string(depth) + ", b of " + std::to_string(tile_rows) + " rows";
+}
+
+// The second 64 rows of a, the first kCols rows of b, the first kDepth columns of their tiles.
+template <typename Element, int kCols, int kTileCols, int kDepth, int kTileRows = kCols>
 void test_abt() {
   constexpr int kRows = device::kWarpgroupRows;
   using A = SmemTile<Element, 2 * kRows, kTileCols>;
-  using B = SmemTile<Element, kCols, kTileCols>;
+  using B = SmemTile<Element, kTileRows, kTileCols>;
   Managed<Element> a(2 * kRows * kTileCols);
-  Managed<Element> b(kCols * kTileCols);
+  Managed<Element> b(kTileRows * kTileCols);
   Managed<float> sum(kRows * kCols, kUntouched);
   fill(a, 1);
   fill(b, 2);
-  run<abt_kernel<Element, kCols, kTileCols, kDepth>>(
+  run<abt_kernel<Element, kCols, kTileCols, kDepth, kTileRows>>(
       1, device::kWarpgroupThreads, sizeof(ProductMemory<A, B>), a.data, b.data, sum.data);
   expect(
-      "issue_abt " + shape_name(kRows, kCols) + " depth " + std::to_string(kDepth), kRows, kCols, 0,
+      "issue_abt " + shape_name(kRows, kCols) + depth_name(kDepth, kTileRows), kRows, kCols, 0,
       [&](int r, int c) { return sum[r * kCols + c]; },
       [&](int r, int c) {
         float expected = 0.0f;
@@ -191,10 +195,10 @@ void test_abt() {
       });
 }
 
-template <typename Element, int kDepth, int kTileCols, int kCols>
+template <typename Element, int kDepth, int kTileCols, int kCols, int kTileRows>
 __global__ void ab_kernel(const float* g_a, const Element* g_b, float* g_sum) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using B = SmemTile<Element, kDepth, kTileCols>;
+  using B = SmemTile<Element, kTileRows, kTileCols>;
   auto& s = device::shared_memory<ProductMemory<B, B>>();
   fill_tile(s.b, g_b);
   ptx::fence_async_proxy();
@@ -218,20 +222,21 @@ __global__ void ab_kernel(const float* g_a, const Element* g_b, float* g_sum) {
 #endif
 }
 
-// Twice a b, where a comes from accumulators and b has more columns than the product.
-template <typename Element, int kDepth, int kTileCols, int kCols>
+// Twice a b, where a comes from accumulators and b may have more rows than a has columns, and more
+// columns than the product.
+template <typename Element, int kDepth, int kTileCols, int kCols, int kTileRows = kDepth>
 void test_ab() {
   constexpr int kRows = device::kWarpgroupRows;
-  using B = SmemTile<Element, kDepth, kTileCols>;
+  using B = SmemTile<Element, kTileRows, kTileCols>;
   Managed<float> a(kRows * kDepth);
-  Managed<Element> b(kDepth * kTileCols);
+  Managed<Element> b(kTileRows * kTileCols);
   Managed<float> sum(kRows * kCols, kUntouched);
   fill(a, 4);
   fill(b, 5);
-  run<ab_kernel<Element, kDepth, kTileCols, kCols>>(
+  run<ab_kernel<Element, kDepth, kTileCols, kCols, kTileRows>>(
       1, device::kWarpgroupThreads, sizeof(ProductMemory<B, B>), a.data, b.data, sum.data);
   expect(
-      "issue_ab " + shape_name(kRows, kCols) + " depth " + std::to_string(kDepth), kRows, kCols, 0,
+      "issue_ab " + shape_name(kRows, kCols) + depth_name(kDepth, kTileRows), kRows, kCols, 0,
       [&](int r, int c) { return sum[r * kCols + c]; },
       [&](int r, int c) {
         float expected = 0.0f;
@@ -290,6 +295,118 @@ void test_ring() {
       [](int, int thread) { return thread < ptx::kWarpSize ? 0 : kCount * (kCount - 1) / 2; });
 }
 
+struct TwoRingsMemory {
+  device::Ring<2> pairs_ring;
+  device::Ring<4> singles_ring;
+  int pairs[2][2];
+  int singles[4];
+};
+
+// The same through two rings at once. A stage of the first is filled by two threads, and consumers
+// hold it until they have the next: they read it once more before they release it.
+__global__ void two_rings_kernel(int count, int* g_sums) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kConsumers = 3;
+  auto& s = device::shared_memory<TwoRingsMemory>();
+  if (threadIdx.x == 0) {
+    s.pairs_ring.init(kConsumers, 2);
+    s.singles_ring.init(kConsumers);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int lane = ptx::lane_index();
+  device::RingPosition<2> pairs_at;
+  device::RingPosition<4> singles_at;
+  int sum = 0;
+  int held = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto& s_pair = s.pairs[pairs_at.stage()];
+    if (ptx::warp_index() == 0) {
+      pairs_at.wait_empty(s.pairs_ring);
+      if (lane < 2) {
+        s.pairs[pairs_at.stage()][lane] = (1 + lane) * i;
+        pairs_at.fill(s.pairs_ring);
+      }
+      singles_at.wait_empty(s.singles_ring);
+      if (lane == 0) {
+        s.singles[singles_at.stage()] = 3 * i;
+        singles_at.fill(s.singles_ring);
+      }
+      __syncwarp();
+    } else {
+      pairs_at.wait_both(s.pairs_ring, singles_at, s.singles_ring);
+      sum += s_pair[0] + s_pair[1] + s.singles[singles_at.stage()];
+      if (i > 0) {
+        sum += s.pairs[held][0] + s.pairs[held][1];
+        __syncwarp();
+        pairs_at.release_previous(s.pairs_ring);
+      }
+      held = pairs_at.stage();
+      __syncwarp();
+      singles_at.release(s.singles_ring);
+    }
+    pairs_at.advance();
+    singles_at.advance();
+  }
+  g_sums[threadIdx.x] = sum;
+#endif
+}
+
+void test_two_rings() {
+  constexpr int kCount = 1001;
+  Managed<int> sums(128, -1);
+  run<two_rings_kernel>(1, 128, sizeof(TwoRingsMemory), kCount, sums.data);
+  expect(
+      "Ring, filled by several, wait_both, release_previous", 1, 128, 0,
+      [&](int, int thread) { return sums[thread]; },
+      [](int, int thread) {  // all pairs twice but the last
+        constexpr int kNumbers = kCount * (kCount - 1) / 2;
+        return thread < ptx::kWarpSize ? 0 : (6 + 3) * kNumbers - 3 * (kCount - 1);
+      });
+}
+
+// --- stmatrix ---
+
+FA_HOST_DEVICE float pattern(int row, int col) {
+  return static_cast<float>((5 * row + 3 * col) % 101);
+}
+
+// Four warps store their columns of pattern() from kFirstCol on to the last 64 rows of the tile.
+template <int kFirstCol, int kCols, int kAllCols, typename Element, typename Tile>
+__global__ void store_blocks_kernel(Element* g_tile) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  auto& s_tile = device::shared_memory<Tile>();
+  fill_tile(s_tile, g_tile);
+  __syncthreads();
+  const int row = Tile::kRows - device::kWarpgroupRows + ptx::warp_index() * device::kBlockRows;
+  device::Accumulator<device::kBlockRows, kAllCols> r_sums;
+  r_sums.transform([&](float, int i, int block, int j) {
+    return pattern(row + r_sums.row(i), r_sums.col(block, j));
+  });
+  device::store_blocks<kFirstCol, kCols>(device::to_operand<Element>(r_sums), s_tile, row);
+  __syncthreads();
+  dump_tile(s_tile, g_tile);
+#endif
+}
+
+template <typename Element, int kFirstCol, int kCols, int kAllCols, int kTileCols>
+void test_store_blocks() {
+  constexpr int kRows = 80;
+  using Tile = SmemTile<Element, kRows, kTileCols>;
+  Managed<Element> tile(kRows * kTileCols, Element(kUntouched));
+  run<store_blocks_kernel<kFirstCol, kCols, kAllCols, Element, Tile>>(1, device::kWarpgroupThreads,
+                                                                      sizeof(Tile), tile.data);
+  expect(
+      "store_blocks " + std::to_string(kCols) + " columns from " + std::to_string(kFirstCol) +
+          " of " + std::to_string(kAllCols) + " to " + shape_name(kRows, kTileCols),
+      kRows, kTileCols, 0,
+      [&](int r, int c) { return static_cast<float>(tile[r * kTileCols + c]); },
+      [](int r, int c) {
+        const bool stored = r >= kRows - device::kWarpgroupRows && c < kCols;
+        return stored ? pattern(r, kFirstCol + c) : kUntouched;
+      });
+}
+
 template <typename Element>
 void test_element(const char* name) {
   std::printf("%s\n", name);
@@ -312,10 +429,26 @@ void test_element(const char* name) {
   test_ab<Element, 176, 128, 128>();
   test_ab<Element, 112, 192, 192>();
   test_ab<Element, 80, 256, 256>();
+  // Parts of tiles of keys.
+  test_abt<Element, 64, 192, 192, 112>();
+  test_abt<Element, 48, 256, 256, 80>();
+  test_ab<Element, 64, 192, 192, 112>();
+  test_ab<Element, 48, 256, 256, 80>();
+  test_ab<Element, 64, 64, 48>();
+
+  test_store_blocks<Element, 0, 64, 64, 64>();
+  test_store_blocks<Element, 0, 96, 96, 96>();
+  test_store_blocks<Element, 0, 96, 96, 128>();
+  test_store_blocks<Element, 0, 128, 128, 128>();
+  test_store_blocks<Element, 0, 128, 256, 128>();
+  test_store_blocks<Element, 128, 64, 192, 128>();
+  test_store_blocks<Element, 128, 96, 256, 128>();
+  test_store_blocks<Element, 128, 128, 256, 128>();
 }
 
 void test_all() {
   test_ring();
+  test_two_rings();
   test_element<__nv_bfloat16>("bfloat16");
   test_element<__half>("float16");
 }

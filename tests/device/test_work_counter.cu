@@ -30,6 +30,18 @@ __global__ void take_items_kernel(sm90::Schedule schedule, int* g_times) {
   sm90::finish_taking(schedule);
 }
 
+// No more items than blocks need no counter.
+void test_without_counter() {
+  constexpr int kFewItems = kBlocks - 1;
+  Managed<int> times(kFewItems);
+  const sm90::Schedule schedule = {
+      .tiles = {}, .items = kFewItems, .head_group = 1, .counter = nullptr};
+  run<take_items_kernel>(kBlocks, 1, 0, schedule, times.data);
+  expect(
+      "without a counter each item is taken once", 1, kFewItems, 0,
+      [&](int, int item) { return times[item]; }, [](int, int) { return 1; });
+}
+
 void launch(WorkCounter* counter, Managed<int>& times, cudaStream_t stream) {
   const sm90::Schedule schedule = {
       .tiles = {}, .items = kItems, .head_group = 1, .counter = counter};
@@ -190,6 +202,7 @@ void test_all() {
   test_many_captured_launches();
   test_threads();
   test_broken_capture();
+  test_without_counter();
 }
 
 }  // namespace
