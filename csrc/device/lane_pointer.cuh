@@ -8,9 +8,9 @@
 
 namespace fa::device {
 
-// Where a lane points in a tile for ldmatrix, which loads four 8x8 blocks of a 16x16 area, and what
-// it loads at constant steps from there. The area that the pointer is made for starts at (row,
-// col): multiples of 8 and 16, and col such that col + cols never carries in binary.
+// Where a lane points in a tile for ldmatrix and stmatrix, which move four 8x8 blocks of a 16x16
+// area, and what moves at constant steps from there. The area that the pointer is made for starts
+// at (row, col): multiples of 8 and 16, and col such that col + cols never carries in binary.
 template <typename Tile>
 class LanePointer {
  public:
@@ -40,8 +40,7 @@ class LanePointer {
   static constexpr int kBytes = sizeof(*Tile::elements);
 
   FA_DEVICE LanePointer(const Tile& s_tile, int lane_offset, int row, int col)
-      : address_(
-            (ptx::smem_address(s_tile.elements) + kBytes * Tile::step(lane_offset, row, col))) {}
+      : address_(ptx::smem_address(s_tile.elements) + kBytes * Tile::step(lane_offset, row, col)) {}
 
   // As SmemTile::step(): the tile is aligned, so that the swizzle works on addresses too.
   FA_DEVICE uint32_t at(int rows, int cols) const {

@@ -65,7 +65,8 @@ class SpeculativeSoftmax {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       const float sum = row_sum(sum_[row]);
-      const bool sees_a_key = !(sum == 0.0f);  // a NaN is seen, and stays NaN
+      // A NaN is seen, and stays NaN; so does a row whose base is too large for a float.
+      const bool sees_a_key = limit_[row] != kNoBase || !(sum == 0.0f);
       lse[row] = sees_a_key ? fmaf(base_[row], kLn2, logf(sum)) : -INFINITY;
       normalizer[row] = sees_a_key ? 1.0f / sum : 0.0f;
     }

@@ -33,13 +33,13 @@ struct KernelConfig {
   constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
   constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
 
-  // Hopper: barriers; the columns of a tile, whole panels of 64; and how many tiles of q there are,
-  // two where there is room, so that the next is loaded under this one.
-  static constexpr int64_t kSm90BarrierBytes = 1024;
+  // Hopper: barriers and work in hand; the columns of a tile, whole panels of 64; and how many
+  // tiles of q there are, two where there is room, so that the next is loaded under this one.
+  static constexpr int64_t kSm90ControlBytes = 1024;
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
   constexpr int q_stages() const {
     constexpr int64_t kRoom = 227 * 1024;
-    const int64_t bytes = int64_t{2} * (2 * tile_m + 4 * tile_n) * smem_cols() + kSm90BarrierBytes;
+    const int64_t bytes = int64_t{2} * (2 * tile_m + 4 * tile_n) * smem_cols() + kSm90ControlBytes;
     return bytes <= kRoom ? 2 : 1;
   }
 
@@ -53,7 +53,7 @@ struct KernelConfig {
     }
     const int64_t element_bytes = 2;
     if (family == Family::kSm90) {
-      return (q_stages() * tile_m + 4 * tile_n) * smem_cols() * element_bytes + kSm90BarrierBytes;
+      return (q_stages() * tile_m + 4 * tile_n) * smem_cols() * element_bytes + kSm90ControlBytes;
     }
     if (pass == Pass::kForward) {
       const int64_t exchange =

@@ -35,7 +35,8 @@ FA_DEVICE void wgmma_pin(float (&r)[kBlocks][4]) {
   }
 }
 
-// The registers of a thread, and each warp of the block's share of the register file.
+// Makes a warpgroup's threads have so many registers: given back to the block, or taken from it
+// when there are enough.
 // PTX ISA, "Miscellaneous Instructions: setmaxnreg".
 template <int kRegisters>
 FA_DEVICE void grow_registers() {
@@ -66,14 +67,13 @@ FA_DEVICE void shrink_registers() {
 #define FA_NAMES_112 FA_NAMES_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define FA_BLOCKS_128 FA_BLOCKS_112, FA_BLOCK(14), FA_BLOCK(15)
 #define FA_NAMES_128 FA_NAMES_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define FA_BLOCKS_176 \
-  FA_BLOCKS_128, FA_BLOCK(16), FA_BLOCK(17), FA_BLOCK(18), FA_BLOCK(19), FA_BLOCK(20), FA_BLOCK(21)
-#define FA_NAMES_176                                                                   \
+#define FA_BLOCKS_192                                                                  \
+  FA_BLOCKS_128, FA_BLOCK(16), FA_BLOCK(17), FA_BLOCK(18), FA_BLOCK(19), FA_BLOCK(20), \
+      FA_BLOCK(21), FA_BLOCK(22), FA_BLOCK(23)
+#define FA_NAMES_192                                                                   \
   FA_NAMES_128                                                                         \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87"
-#define FA_BLOCKS_192 FA_BLOCKS_176, FA_BLOCK(22), FA_BLOCK(23)
-#define FA_NAMES_192 FA_NAMES_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FA_BLOCKS_256                                                                  \
   FA_BLOCKS_192, FA_BLOCK(24), FA_BLOCK(25), FA_BLOCK(26), FA_BLOCK(27), FA_BLOCK(28), \
       FA_BLOCK(29), FA_BLOCK(30), FA_BLOCK(31)
@@ -83,8 +83,8 @@ FA_DEVICE void shrink_registers() {
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 
-// wgmma_ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major.
-// wgmma_rs: a from registers; b from shared memory, (16, kCols), MN-major: its columns contiguous.
+// ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major.
+// rs: a from registers; b from shared memory, (16, kCols), MN-major: its columns contiguous.
 // Without `accumulate` the result starts from zero.
 template <typename Element, int kCols>
 struct Wgmma;
@@ -129,7 +129,6 @@ FA_WGMMA_OF_COLS(80, "%40", "%41", "%42", "%43", "%44", "%45")
 FA_WGMMA_OF_COLS(96, "%48", "%49", "%50", "%51", "%52", "%53")
 FA_WGMMA_OF_COLS(112, "%56", "%57", "%58", "%59", "%60", "%61")
 FA_WGMMA_OF_COLS(128, "%64", "%65", "%66", "%67", "%68", "%69")
-FA_WGMMA_OF_COLS(176, "%88", "%89", "%90", "%91", "%92", "%93")
 FA_WGMMA_OF_COLS(192, "%96", "%97", "%98", "%99", "%100", "%101")
 FA_WGMMA_OF_COLS(256, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef FA_WGMMA_OF_COLS
@@ -138,8 +137,6 @@ FA_WGMMA_OF_COLS(256, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef FA_BLOCKS_256
 #undef FA_NAMES_192
 #undef FA_BLOCKS_192
-#undef FA_NAMES_176
-#undef FA_BLOCKS_176
 #undef FA_NAMES_128
 #undef FA_BLOCKS_128
 #undef FA_NAMES_112

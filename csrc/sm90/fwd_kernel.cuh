@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "common/params.h"
 #include "device/convert.cuh"
@@ -53,7 +54,7 @@ class Turns {
   int next_;
 };
 
-// Rows [first, rows) of a tile become zero, by one warpgroup, for wgmma to read.
+// The rows of a tile from `first` on become zero, by one warpgroup, for wgmma to read.
 template <typename Tile>
 FA_DEVICE void clear_rows(Tile& s_tile, int first, int thread, int barrier) {
   const int units = (Tile::kRows - first) * Tile::kUnitsPerLine;
@@ -94,7 +95,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
   constexpr int kTileN = Traits::kTileN;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
-  constexpr int kAllBarrier = 1 + 2 * Traits::kMathWarpgroups;  // after those of the turns
+  constexpr int kBothBarrier = 1 + 2 * Traits::kMathWarpgroups;  // after those of the turns
   const int warpgroup_barrier = 1 + warpgroup;
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
@@ -103,8 +104,9 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
   // which would turn a masked -inf into NaN.
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float positive_scale = fmaxf(fabsf(softmax_scale), FLT_MIN);
-  // Rows of v past the end of a sequence are then those of another, which 0 must not multiply.
-  const bool others_follow = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
+  // Rows of v past the end of a sequence are then what others left there, NaN perhaps, which 0 must
+  // not multiply.
+  const bool tail_is_foreign = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
 
   const Turns<Traits> turns(warpgroup);
   auto& s_q_ring = s.q_ring[warpgroup];
@@ -128,8 +130,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     v_at.wait(s.v_ring);
     release_value_tile();
   };
-  // out leaves from the shared memory of its queries, or else of the last values, which is free
-  // only then.
+  // out leaves from the shared memory of its queries, or else of the last values, and that is free
+  // when TMA has read it.
   bool is_leaving = false;
   device::RingPosition<kStages> v_held;
   const auto finish_store = [&] {
@@ -169,9 +171,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       device::store_row_values<Out>(lse, s_work.lse, warp_query, s_work.queries.length);
     };
     const auto out_rows = [&] {
-      const auto [tile, head, batch] = s_work.tile;
-      return device::global_tile<Element>(params.out, s_work.queries, batch, warp_query, head,
-                                          params.shape.head_dim);
+      return device::global_tile<Element>(params.out, s_work.queries, s_work.tile.batch, warp_query,
+                                          s_work.tile.head, params.shape.head_dim);
     };
     device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
     typename Out::RowValues lse;
@@ -234,7 +235,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     r_out.clear();
     // Adds the product of one tile's p while the scores of the next become its r_next, which may be
     // of the first columns only.
-    const auto step_between = [&](auto masked, const auto& r_p, auto& r_next) {
+    const auto step_between = [&](auto masked, const auto& r_previous, auto& r_next) {
       device::Accumulator<device::kBlockRows, std::decay_t<decltype(r_next)>::kCols> r_scores;
       typename Out::RowValues rescale;
       // Else ptxas keeps the descriptors of q through the loop, for which it has no registers.
@@ -244,7 +245,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, q_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
-      device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
+      device::issue_ab(r_out, r_previous, s.v[v_at.stage()], true);
       ptx::wgmma_commit();
       turns.end();
       if constexpr (Traits::kOverlapsSoftmax) {
@@ -304,7 +305,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       }
       v_at.wait(s.v_ring);
       const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
-      if (rows_of_last < kTileN && others_follow) {
+      if (rows_of_last < kTileN && tail_is_foreign) {
         clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
       }
       ptx::wgmma_fence();
@@ -340,9 +341,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
 
     r_out.scale_rows(normalizer);
     const auto r_elements = device::to_operand<Element>(r_out);
-    const auto [tile, head, batch] = s_work.tile;
-    const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row, head,
-                                   s_work.batch_of_queries(params)};
+    const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row,
+                                   s_work.tile.head, s_work.batch_of_queries(params)};
     if constexpr (Traits::kStoresThroughQueries) {
       ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
       store_through<0>(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
@@ -350,7 +350,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       q_at.advance();
     } else {
       if (!s_work.of_warpgroup[1 - warpgroup].seen.empty()) {
-        ptx::barrier_sync<Traits::kMathThreads>(kAllBarrier);  // both have read their last v
+        ptx::barrier_sync<Traits::kMathThreads>(kBothBarrier);  // both have read their last v
       }
       auto& s_out = s.out_in(s.v[v_held.stage()], warpgroup);
       store_through<0>(r_elements, s_out, 0, maps.out, origin, out_rows(), warpgroup_barrier);
@@ -400,6 +400,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::grow_registers<Traits::kMathRegisters>();
     attend<Traits>(params, maps, s, warpgroup - 1);
   }
+#else
+  __trap();  // rather than leave out as it was
 #endif
 }
 

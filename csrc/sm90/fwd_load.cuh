@@ -95,7 +95,6 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
   device::RingPosition<kStages> k_at;
   device::RingPosition<kStages> v_at;
   device::RingPosition<1> may_take_at;
-  bool is_first = true;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
     const FwdWork& s_work = s.work[work_at.stage()];
@@ -124,13 +123,6 @@ FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps
       }
       if (j < tiles_end) {
         load_keys(j);
-        if (is_first) {
-          // The first products wait for queries and this tile alone.
-          for (auto& s_ring : s.q_ring) {
-            device::RingPosition<Traits::kQStages>{}.wait(s_ring);
-          }
-          is_first = false;
-        }
       }
       if (j > tiles_begin) {
         load_values(j - 1);

@@ -6,6 +6,7 @@
 #include "device/warpgroup_mma.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
+#include "sm90/tensor_map.h"
 
 namespace fa::sm90 {
 

@@ -5,7 +5,6 @@
 #include "common/key_tiles.h"
 #include "common/params.h"
 #include "common/scheduler.h"
-#include "device/pipeline.cuh"
 #include "device/warpgroup_mma.cuh"
 
 namespace fa::sm90 {

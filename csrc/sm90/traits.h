@@ -15,7 +15,7 @@
 
 namespace fa::sm90 {
 
-// Of the tiles of keys and of values, one is loaded while the other is used.
+// Of the tiles of keys and of values, and of what tells of the work, one comes while another is used.
 inline constexpr int kStages = 2;
 
 template <int kRow>
@@ -65,6 +65,12 @@ struct FwdTraits {
                 (kMathWarpgroups == 2 &&
                  kMathWarpgroups * sizeof(OutTile) <= sizeof(Rows<kTileN>) &&
                  kHeadDim <= 2 * OutTile::kCols));
+
+  // A math warpgroup skips the tiles of keys that the block sees and it does not, before it first
+  // releases values, and after it has begun to hold some for its out: the warp that loads must not
+  // come to wait for those.
+  static_assert((kMathWarpgroups - 1) * device::kWarpgroupRows <=
+                (kStoresThroughQueries ? 3 : 1) * kTileN);
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {

@@ -419,14 +419,13 @@ void test_element(const char* name) {
   test_abt<Element, 128, 64, 64>();
   test_abt<Element, 128, 128, 96>();
   test_abt<Element, 128, 128, 128>();
-  test_abt<Element, 176, 128, 128>();
+  test_abt<Element, 192, 128, 128>();
   test_abt<Element, 112, 192, 192>();
   test_abt<Element, 80, 256, 256>();
   test_abt<Element, 96, 256, 256>();
   test_ab<Element, 128, 64, 64>();
   test_ab<Element, 128, 128, 96>();
   test_ab<Element, 128, 128, 128>();
-  test_ab<Element, 176, 128, 128>();
   test_ab<Element, 112, 192, 192>();
   test_ab<Element, 80, 256, 256>();
   // Parts of tiles of keys.
