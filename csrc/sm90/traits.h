@@ -15,7 +15,8 @@
 
 namespace fa::sm90 {
 
-// Of the tiles of keys and of values, and of what tells of the work, one comes while another is used.
+// Of the tiles of keys and of values, and of what tells of the work, one comes while another is
+// used.
 inline constexpr int kStages = 2;
 
 template <int kRow>
