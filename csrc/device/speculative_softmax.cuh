@@ -35,14 +35,24 @@ class SpeculativeSoftmax {
     }
   }
 
-  // The first tile: m becomes the largest score of each row.
-  template <typename Scores, typename Probabilities>
-  FA_DEVICE void begin(const Scores& r_scores, Probabilities& r_p) {
+  // The first tile, by whole warps: m begins as the largest of each row's first scores. The others
+  // are mostly not so much larger that it must be raised at once.
+  template <int kCols, typename Probabilities>
+  FA_DEVICE void begin(const Accumulator<kBlockRows, kCols>& r_scores, Probabilities& r_p) {
+    static_assert(kCols >= 2 * kBlockCols && kRowsPerThread == 2);
+    const float (&r_first)[4] = r_scores.r[0][0];
+    const float (&r_second)[4] = r_scores.r[0][1];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float max = row_max(fmaxf(fmaxf(r_first[2 * row], r_first[2 * row + 1]),
+                                      fmaxf(r_second[2 * row], r_second[2 * row + 1])));
+      if (max != -INFINITY) {
+        base_[row] = max * scale_log2_;
+        limit_[row] = kSlack;
+      }
+    }
     RowValues rescale;
-    RowValues sums = {};
-    raise(r_scores, sums, rescale);
-    exponentiate(r_scores, r_p, sums);
-    add(sums);
+    next(r_scores, r_p, rescale);
   }
 
   // A further tile, by whole warps. True if m was raised: what was summed from earlier tiles must

@@ -33,15 +33,13 @@ struct KernelConfig {
   constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
   constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
 
-  // Hopper: barriers and work in hand; the columns of a tile, whole panels of 64; and how many
-  // tiles of q there are, two where there is room, so that the next is loaded under this one.
+  // Hopper: barriers and work in hand; the columns of a tile, whole panels of 64; how many tiles of
+  // q there are, two where there is room, so that the next is loaded under this one; and how many
+  // of keys and of values each, four where those of q leave room.
   static constexpr int64_t kSm90ControlBytes = 1024;
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
-  constexpr int q_stages() const {
-    constexpr int64_t kRoom = 227 * 1024;
-    const int64_t bytes = int64_t{2} * (2 * tile_m + 4 * tile_n) * smem_cols() + kSm90ControlBytes;
-    return bytes <= kRoom ? 2 : 1;
-  }
+  constexpr int q_stages() const { return sm90_smem_bytes(2, 2) <= kSm90Room ? 2 : 1; }
+  constexpr int kv_stages() const { return sm90_smem_bytes(2, 4) <= kSm90Room ? 4 : 2; }
 
   // Dynamic shared memory of a thread block. Forward: tiles of q, and two each of k and v, and
   // where warps share scores, p and two values for each row on their way. Backward: k and v, two
@@ -53,7 +51,7 @@ struct KernelConfig {
     }
     const int64_t element_bytes = 2;
     if (family == Family::kSm90) {
-      return (q_stages() * tile_m + 4 * tile_n) * smem_cols() * element_bytes + kSm90ControlBytes;
+      return sm90_smem_bytes(q_stages(), kv_stages());
     }
     if (pass == Pass::kForward) {
       const int64_t exchange =
@@ -79,6 +77,13 @@ struct KernelConfig {
     return std::string("flash_") + name_of(pass) + "_" + name_of(family) + "_" + name_of(dtype) +
            "_d" + std::to_string(head_dim) + "_" + name_of(mask) + "_" + std::to_string(tile_m) +
            "x" + std::to_string(tile_n);
+  }
+
+ private:
+  static constexpr int64_t kSm90Room = int64_t{227} * 1024;
+  constexpr int64_t sm90_smem_bytes(int tiles_of_q, int tiles_of_k) const {
+    return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() +
+           kSm90ControlBytes;
   }
 };
 

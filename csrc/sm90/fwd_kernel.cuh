@@ -24,6 +24,7 @@
 #include "device/speculative_softmax.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
+#include "sm90/fwd_exchange.cuh"
 #include "sm90/fwd_load.cuh"
 #include "sm90/fwd_store.cuh"
 
@@ -95,7 +96,6 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
   constexpr int kTileN = Traits::kTileN;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
-  constexpr int kBothBarrier = 1 + 2 * Traits::kMathWarpgroups;  // after those of the turns
   const int warpgroup_barrier = 1 + warpgroup;
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
@@ -110,10 +110,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
 
   const Turns<Traits> turns(warpgroup);
   auto& s_q_ring = s.q_ring[warpgroup];
-  device::RingPosition<kStages> work_at;
+  device::RingPosition<kWorkStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
-  device::RingPosition<kStages> k_at;
-  device::RingPosition<kStages> v_at;
+  device::RingPosition<Traits::kKvStages> k_at;
+  device::RingPosition<Traits::kKvStages> v_at;
   const auto release_key_tile = [&] {
     k_at.release(s.k_ring);
     k_at.advance();
@@ -133,7 +133,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
   // out leaves from the shared memory of its queries, or else of the last values, and that is free
   // when TMA has read it.
   bool is_leaving = false;
-  device::RingPosition<kStages> v_held;
+  device::RingPosition<Traits::kKvStages> v_held;
   const auto finish_store = [&] {
     if (is_leaving) {
       if (thread == 0) {
@@ -177,6 +177,15 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
     typename Out::RowValues lse;
     typename Out::RowValues normalizer;
+    const ValuesForOut<Traits> values_for_out(warpgroup, key_tiles, s_work.of_warpgroup);
+    const auto release_values_of = [&](int tile) {
+      if (!Traits::kStoresThroughQueries && tile == values_for_out.held()) {
+        v_held = v_at;
+        v_at.advance();
+      } else {
+        release_value_tile();
+      }
+    };
 
     if (seen.empty()) {
       finish_store();
@@ -218,10 +227,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
+      finish_store();
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
-      finish_store();
       if (j < unmasked.begin || j >= unmasked.end) {
         device::keep_visible_of_warp(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
       }
@@ -264,7 +273,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(r_out.r[0]);
       }
-      release_value_tile();
+      release_values_of(j - 1);
       if (raised) {
         r_out.scale_rows(rescale);
       }
@@ -304,6 +313,9 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
         q_at.advance();
       }
       v_at.wait(s.v_ring);
+      if constexpr (!Traits::kStoresThroughQueries) {
+        values_for_out.begin_last_product();
+      }
       const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
       if (rows_of_last < kTileN && tail_is_foreign) {
         clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
@@ -327,12 +339,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     } else {
       finish(r_p);
     }
-    if constexpr (Traits::kStoresThroughQueries) {
-      release_value_tile();
-    } else {
-      v_held = v_at;
-      v_at.advance();
+    if constexpr (!Traits::kStoresThroughQueries) {
+      values_for_out.end_last_product();
     }
+    release_values_of(seen.end - 1);
     for (; j < key_tiles.end; ++j) {
       skip_key_tile();
       skip_value_tile();
@@ -349,17 +359,10 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                        warpgroup_barrier);
       q_at.advance();
     } else {
-      if (!s_work.of_warpgroup[1 - warpgroup].seen.empty()) {
-        ptx::barrier_sync<Traits::kMathThreads>(kBothBarrier);  // both have read their last v
-      }
-      auto& s_out = s.out_in(s.v[v_held.stage()], warpgroup);
-      store_through<0>(r_elements, s_out, 0, maps.out, origin, out_rows(), warpgroup_barrier);
-      if (thread == 0) {
-        ptx::tma_wait_read();
-      }
-      ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
-      store_through<Traits::OutTile::kCols>(r_elements, s_out, 0, maps.out, origin, out_rows(),
-                                            warpgroup_barrier);
+      values_for_out.wait();
+      store_through<0>(r_elements, s.out_in(s.v[v_held.stage()]), 0, maps.out, origin, out_rows(),
+                       warpgroup_barrier);
+      values_for_out.end_write(thread);
     }
     is_leaving = true;
   }

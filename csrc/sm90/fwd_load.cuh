@@ -42,7 +42,7 @@ inline constexpr int kTilesToTakeAhead = 3;
 template <typename Traits>
 FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
                             const Schedule& schedule, typename Traits::SharedMemory& s) {
-  device::RingPosition<kStages> work_at;
+  device::RingPosition<kWorkStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
   device::RingPosition<1> may_take_at;
   const auto publish = [&](const FwdWork& work) -> const FwdWork& {
@@ -91,9 +91,9 @@ template <typename Traits>
 FA_DEVICE void load_keys_and_values(const FwdParams& params, const FwdTensorMaps& maps,
                                     typename Traits::SharedMemory& s) {
   constexpr int kTileN = Traits::kTileN;
-  device::RingPosition<kStages> work_at;
-  device::RingPosition<kStages> k_at;
-  device::RingPosition<kStages> v_at;
+  device::RingPosition<kWorkStages> work_at;
+  device::RingPosition<Traits::kKvStages> k_at;
+  device::RingPosition<Traits::kKvStages> v_at;
   device::RingPosition<1> may_take_at;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);

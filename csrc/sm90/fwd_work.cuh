@@ -39,7 +39,7 @@ FA_DEVICE void finish_taking(const Schedule& schedule) {
 // A tile of queries and the tiles of keys that it sees.
 struct FwdWork {
   WorkTile tile;
-  Sequence queries;
+  Sequence queries;  // up to the last one of the tile
   Sequence keys;
   WindowMask window;
   int first_query;
@@ -49,13 +49,16 @@ struct FwdWork {
   static FA_DEVICE FwdWork of_item(const FwdParams& params, const Schedule& schedule,
                                    uint32_t index) {
     const WorkTile tile = schedule.tiles.last_first_of_group(index, schedule.head_group);
-    const Sequence queries = params.queries.at(tile.batch, params.shape.seqlen_q);
+    const Sequence all_queries = params.queries.at(tile.batch, params.shape.seqlen_q);
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
-    const WindowMask window = params.window.over(queries.length, keys.length);
-    const int first_query = tile.tile * kTileM;
-    return {tile,        queries,
-            keys,        window,
-            first_query, KeyTiles::of(window, {first_query, first_query + kTileM}, kTileN).seen};
+    const WindowMask window = params.window.over(all_queries.length, keys.length);
+    const Range queries = queries_of_tile(tile.tile, all_queries.length, kTileM);
+    return {tile,
+            {all_queries.begin, queries.end},
+            keys,
+            window,
+            queries.begin,
+            KeyTiles::of(window, queries, kTileN).seen};
   }
 
   // Where TMA finds the sequences: packed ones are all in one batch entry.
@@ -87,8 +90,8 @@ struct SharedFwdWork : FwdWork {
     }
     if (warpgroup < kWarpgroups) {
       const int first = work.first_query + warpgroup * device::kWarpgroupRows;
-      of_warpgroup[warpgroup] =
-          KeyTiles::of(work.window, {first, first + device::kWarpgroupRows}, kTileN);
+      const int end = min(first + device::kWarpgroupRows, work.queries.length);
+      of_warpgroup[warpgroup] = KeyTiles::of(work.window, {first, end}, kTileN);
     }
   }
 };

@@ -15,9 +15,8 @@
 
 namespace fa::sm90 {
 
-// Of the tiles of keys and of values, and of what tells of the work, one comes while another is
-// used.
-inline constexpr int kStages = 2;
+// Of what tells of the work, one item comes while another is used.
+inline constexpr int kWorkStages = 2;
 
 template <int kRow>
 struct FwdTraits {
@@ -27,6 +26,7 @@ struct FwdTraits {
   static constexpr int kTileN = kConfig.tile_n;
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kQStages = kConfig.q_stages();
+  static constexpr int kKvStages = kConfig.kv_stages();
 
   // One warpgroup loads, the others compute, 64 rows of queries each.
   static constexpr int kMathWarpgroups = kThreads / device::kWarpgroupThreads - 1;
@@ -59,13 +59,11 @@ struct FwdTraits {
   using TrimmedProbabilities = device::OperandA<Element, device::kBlockRows, kTrimmedCols>;
 
   // The way of out to global memory leads through the shared memory of its queries where the next
-  // have a second stage, and else through that of the last values, in two parts.
+  // have a second stage, and else through that of values.
   static constexpr bool kStoresThroughQueries = kQStages == 2;
-  using OutTile = device::SmemTile<Element, device::kWarpgroupRows, 128>;
+  using OutTile = device::SmemTile<Element, device::kWarpgroupRows, kConfig.smem_cols()>;
   static_assert(kStoresThroughQueries ||
-                (kMathWarpgroups == 2 &&
-                 kMathWarpgroups * sizeof(OutTile) <= sizeof(Rows<kTileN>) &&
-                 kHeadDim <= 2 * OutTile::kCols));
+                (kMathWarpgroups == 2 && sizeof(OutTile) <= sizeof(Rows<kTileN>)));
 
   // A math warpgroup skips the tiles of keys that the block sees and it does not, before it first
   // releases values, and after it has begun to hold some for its out: the warp that loads must not
@@ -76,18 +74,18 @@ struct FwdTraits {
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {
     Rows<kTileM> q[kQStages];
-    Rows<kTileN> k[kStages];
-    Rows<kTileN> v[kStages];
-    device::Ring<kStages> work_ring;
+    Rows<kTileN> k[kKvStages];
+    Rows<kTileN> v[kKvStages];
+    device::Ring<kWorkStages> work_ring;
     device::Ring<1> may_take;  // the next item
     device::Ring<kQStages> q_ring[kMathWarpgroups];
-    device::Ring<kStages> k_ring;
-    device::Ring<kStages> v_ring;
-    SharedFwdWork<kMathWarpgroups, kTileN> work[kStages];
+    device::Ring<kKvStages> k_ring;
+    device::Ring<kKvStages> v_ring;
+    SharedFwdWork<kMathWarpgroups, kTileN> work[kKvStages];
 
-    // A warpgroup's part of a stage of v.
-    static FA_DEVICE OutTile& out_in(Rows<kTileN>& s_values, int warpgroup) {
-      return reinterpret_cast<OutTile*>(s_values.elements)[warpgroup];
+    // In place of a tile of values.
+    static FA_DEVICE OutTile& out_in(Rows<kTileN>& s_values) {
+      return reinterpret_cast<OutTile&>(s_values);
     }
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);

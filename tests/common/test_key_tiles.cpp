@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/scheduler.h"
 #include "dispatch/kernel_table.h"
 #include "tests/support/check.h"
 
@@ -52,7 +53,7 @@ void check_tiles(const WindowMask& window, Range queries, int tile_n) {
 void check_skips(const WindowMask& window, Range queries, const Tiling& tiling) {
   const Range block = KeyTiles::of(window, queries, tiling.tile_n).seen;
   for (int first = queries.begin; first < queries.end; first += kWarpgroupRows) {
-    const Range rows = {first, first + kWarpgroupRows};
+    const Range rows = {first, fa::min(first + kWarpgroupRows, queries.end)};
     check_tiles(window, rows, tiling.tile_n);
     const Range own = KeyTiles::of(window, rows, tiling.tile_n).seen;
     if (own.empty()) {
@@ -102,8 +103,8 @@ int main() {
         for (const int left : {-1, 0, 5, 100}) {
           for (const int right : {-1, 0, 7, 150}) {
             const WindowMask window(seqlen_q, seqlen_k, left, right);
-            for (int first = 0; first < seqlen_q; first += tiling.tile_m) {
-              check_skips(window, {first, first + tiling.tile_m}, tiling);
+            for (int tile = 0; tile * tiling.tile_m < seqlen_q; ++tile) {
+              check_skips(window, fa::queries_of_tile(tile, seqlen_q, tiling.tile_m), tiling);
             }
           }
         }

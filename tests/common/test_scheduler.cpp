@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // TileScheduler visits every work tile once in each of its orders, and counts further than 32 bits
-// reach. QueryTiles visits the tiles of a range, head by head.
+// reach. queries_of_tile covers a sequence. QueryTiles visits the tiles of a range, head by head.
 #include "common/scheduler.h"
 
 #include <cstdint>
@@ -96,6 +96,23 @@ void check_heads_first(const TileScheduler& scheduler) {
   }
 }
 
+// The tiles of a sequence follow each other from its first to its last query; all but the first are
+// whole. Those that only a longer sequence has are empty.
+void check_queries_of_tile(int length, int tile_m) {
+  const int tiles = (length + tile_m - 1) / tile_m;
+  int next = 0;
+  for (int tile = 0; tile < tiles + 3; ++tile) {
+    const Range queries = fa::queries_of_tile(tile, length, tile_m);
+    FA_EXPECT_EQ(queries.empty(), tile >= tiles, "length", length, "tile", tile);
+    if (!queries.empty()) {
+      FA_EXPECT_EQ(queries.begin, next, "length", length, "tile", tile);
+      FA_EXPECT(tile == 0 ? queries.size() <= tile_m : queries.size() == tile_m, "tile", tile);
+      next = queries.end;
+    }
+  }
+  FA_EXPECT_EQ(next, length, "tile_m", tile_m);
+}
+
 void check_query_tiles(Range queries, int tile_rows, int first_head, int heads) {
   QueryTiles tiles(queries, tile_rows, first_head, heads);
   for (int head = first_head; head < first_head + heads; ++head) {
@@ -166,6 +183,11 @@ int main() {
         check_last_first(scheduler);
         check_heads_first(scheduler);
       }
+    }
+  }
+  for (int length = 0; length <= 30; ++length) {
+    for (const int tile_m : {1, 3, 4, 16}) {
+      check_queries_of_tile(length, tile_m);
     }
   }
   for (int begin = 0; begin <= 9; ++begin) {

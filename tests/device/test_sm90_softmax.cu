@@ -118,6 +118,17 @@ class RowModel {
   // Octaves above the base.
   double above(float score) const { return double{kScaleLog2} * score - base_; }
 
+  // Takes the base from the first scores of the first tile, if it sees any.
+  void begin(const float* scores) {
+    const float largest = *std::max_element(scores, scores + 16, [](float a, float b) {
+      return std::isnan(a) || a < b;
+    });
+    if (std::isfinite(largest)) {
+      base_ = static_cast<float>(largest * kScaleLog2);
+      has_base_ = true;
+    }
+  }
+
   // Sees a tile; true where the base is too low for it, or there is none yet.
   bool see(const float* scores, int cols) {
     double parts[4] = {};  // of the lanes that share the row
@@ -180,8 +191,13 @@ void test_softmax(const char* what, const ScoresOf<kCols>& scores, int raises) {
   for (int tile = 0; tile < kTiles; ++tile) {
     for (int row = 0; row < kRows; ++row) {
       RowModel& model = models[tile][row];
-      model = tile == 0 ? RowModel() : models[tile - 1][row];
-      raised[tile] |= model.see(&scores.at(tile, row, 0), kCols);
+      const float* of_row = &scores.at(tile, row, 0);
+      if (tile == 0) {
+        model.begin(of_row);
+      } else {
+        model = models[tile - 1][row];
+      }
+      raised[tile] |= model.see(of_row, kCols) || tile == 0;
     }
   }
 
@@ -243,6 +259,15 @@ void test_softmaxes() {
                                         return row % 3 == 0 ? high : row % 3 == 1 ? -high : 0.0f;
                                       }),
                                2);
+
+  // The first scores of the first tile are no guide to the others, or hidden.
+  Scores low(4, [](int, int) { return 0.0f; });
+  for (int row = 0; row < kRows; ++row) {
+    for (int col = 0; row % 3 != 0 && col < 16; ++col) {
+      low.at(0, row, col) = row % 3 == 1 ? -300.0f / kScaleLog2 : kHidden;
+    }
+  }
+  test_softmax<Element, kCols>("low at first", low, kCols == 16 ? 2 : 1);
 
   // A thread's part of a row is 128 where nothing is to happen, and 512 where something is, though
   // no p is above 128.
