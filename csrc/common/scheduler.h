@@ -17,8 +17,9 @@ struct WorkTile {
   int batch;
 };
 
-// The queries of a tile of a sequence of `length`, none past its last tile. Whole tiles end with the
-// sequence: what they leave over is the first tile, which sees the fewest keys under a causal mask.
+// The queries of a tile of a sequence of `length`, none past its last tile. Whole tiles end with
+// the sequence: what they leave over is the first tile, which sees the fewest keys under a causal
+// mask.
 FA_HOST_DEVICE constexpr Range queries_of_tile(int tile, int length, int tile_m) {
   const int tiles_behind = ceil_div(length, tile_m) - 1 - tile;
   const int end = tiles_behind < 0 ? 0 : length - tiles_behind * tile_m;

@@ -24,9 +24,9 @@
 #include "device/speculative_softmax.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
-#include "sm90/fwd_exchange.cuh"
 #include "sm90/fwd_load.cuh"
 #include "sm90/fwd_store.cuh"
+#include "sm90/fwd_values_for_out.cuh"
 
 namespace fa::sm90 {
 
@@ -130,8 +130,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     v_at.wait(s.v_ring);
     release_value_tile();
   };
-  // out leaves from the shared memory of its queries, or else of the last values, and that is free
-  // when TMA has read it.
+  // out leaves from the shared memory of its queries, or else of values, and that is free when TMA
+  // has read it.
   bool is_leaving = false;
   device::RingPosition<Traits::kKvStages> v_held;
   const auto finish_store = [&] {

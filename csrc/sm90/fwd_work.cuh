@@ -53,12 +53,8 @@ struct FwdWork {
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
     const WindowMask window = params.window.over(all_queries.length, keys.length);
     const Range queries = queries_of_tile(tile.tile, all_queries.length, kTileM);
-    return {tile,
-            {all_queries.begin, queries.end},
-            keys,
-            window,
-            queries.begin,
-            KeyTiles::of(window, queries, kTileN).seen};
+    return {tile,          {all_queries.begin, queries.end},          keys, window,
+            queries.begin, KeyTiles::of(window, queries, kTileN).seen};
   }
 
   // Where TMA finds the sequences: packed ones are all in one batch entry.

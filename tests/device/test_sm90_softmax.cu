@@ -120,9 +120,8 @@ class RowModel {
 
   // Takes the base from the first scores of the first tile, if it sees any.
   void begin(const float* scores) {
-    const float largest = *std::max_element(scores, scores + 16, [](float a, float b) {
-      return std::isnan(a) || a < b;
-    });
+    const float largest = *std::max_element(
+        scores, scores + 16, [](float a, float b) { return std::isnan(a) || a < b; });
     if (std::isfinite(largest)) {
       base_ = static_cast<float>(largest * kScaleLog2);
       has_base_ = true;

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where shared memory has no room for out, it replaces values that both math warpgroups have read:
-// of the last two tiles of a block the first warpgroup takes the first one, and the second the last
-// one, so that neither waits for the end of the other's products.
-//
-// Each warpgroup holds its tile: it releases it only when TMA has read out. They tell each other
-// that they have read what the other holds at two named barriers of all math threads:
-//   kFirstMay   the second arrives before its last product, the first waits before it writes;
-//   kSecondMay  the first arrives after its last product if that is of the last tile, and the second
-//               waits before it writes.
-// Of a single tile both take turns: the first may write after the second's product, and the second
+// Where shared memory has no room for out, it replaces values that both math warpgroups have read.
+// Of the block's last two tiles of them the first warpgroup takes the one before the last, and the
+// second the last, so that neither waits for the end of the other's products. Each holds its tile:
+// it releases it only when TMA has read out. At two named barriers of all math threads each tells
+// the other that it has read what the other holds:
+//   kFirstMay: the second arrives before its last product, and the first waits before it writes.
+//   kSecondMay: the first arrives after a last product of the last tile, and the second waits
+//   before it writes, unless the first does not see that tile.
+// Of a single tile they take turns: the first writes after the second's product, and the second
 // when out of the first has left.
 // Neither barrier is arrived at for the next item before it has been waited at for this one: values
 // of the next item that take the place of a held tile come after its release.
