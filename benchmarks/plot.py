@@ -142,7 +142,9 @@ def draw(
 def plot(axes: Any, points: Points, title: str, unit: str, logarithmic: bool) -> None:
     for name in sorted(points, key=list(STYLES).index):
         style, colour = STYLES[name]
-        axes.plot(*zip(*sorted(points[name]), strict=True), style, color=colour, label=name)
+        on_top = 3 if name == OURS else 2  # where lines meet
+        x, y = zip(*sorted(points[name]), strict=True)
+        axes.plot(x, y, style, color=colour, label=name, zorder=on_top)
     axes.set_xscale("log", base=2)
     if logarithmic:
         axes.set_yscale("log", base=2)
