@@ -28,21 +28,23 @@ struct KeyTiles {
   }
 };
 
-// Heads whose tiles of queries are taken together, the longest first: equal groups with work for
-// all `blocks` twice over, so that there is little to wait for at the end. For short sequences once
-// over: they wait for memory, and have the keys and values of fewer heads in L2. Where all tiles
-// are equally long, a head at a time. tiles: of queries, per head; more than 0.
-FA_HOST_DEVICE constexpr int head_group(const FwdParams& params, int tiles, int blocks) {
+// Heads whose tiles are taken together, the longest first: equal groups with work for all `blocks`
+// twice over, so that there is little to wait for at the end. For short sequences once over: they
+// wait for memory, and have the tensors of fewer heads in L2. Where all tiles are equally long, a
+// head at a time. heads: that have tiles; tiles: of each; more than 0. Params: of a pass.
+template <typename Params>
+FA_HOST_DEVICE constexpr int head_group(const Params& params, int heads, int tiles, int blocks) {
   constexpr int kShort = 1024;
-  const Shape& shape = params.shape;
-  const bool equal_lengths = params.keys.cu_seqlens == nullptr && params.keys.seqused == nullptr;
-  if (params.window.is_full() && equal_lengths) {
+  const auto equal_lengths = [](const Sequences& sequences) {
+    return sequences.cu_seqlens == nullptr && sequences.seqused == nullptr;
+  };
+  if (params.window.is_full() && equal_lengths(params.queries) && equal_lengths(params.keys)) {
     return 1;
   }
-  const int64_t heads = int64_t{shape.num_heads} * shape.batch;
-  const int64_t items_of_group = int64_t{blocks} * (shape.seqlen_k < kShort ? 1 : 2);
-  const int64_t groups = (heads * tiles + items_of_group / 2) / items_of_group;
-  return static_cast<int>(ceil_div(heads, max(groups, int64_t{1})));
+  const int64_t all_heads = int64_t{heads} * params.shape.batch;
+  const int64_t items_of_group = int64_t{blocks} * (params.shape.seqlen_k < kShort ? 1 : 2);
+  const int64_t groups = (all_heads * tiles + items_of_group / 2) / items_of_group;
+  return static_cast<int>(ceil_div(all_heads, max(groups, int64_t{1})));
 }
 
 }  // namespace fa

@@ -48,19 +48,25 @@ struct TileScheduler {
     return {tiles - 1 - tile.tile, tile.head, tile.batch};
   }
 
-  // The last tile first, as above, but tile by tile for `group` neighbouring heads at a time:
-  // blocks that run together then have much the same length, and read no more keys than group heads
-  // have. tiles * group and count() must fit 32 bits.
-  FA_HOST_DEVICE constexpr WorkTile last_first_of_group(uint32_t index, int group) const {
+  // Tile by tile for `group` neighbouring heads at a time: blocks that run together then have much
+  // the same length, and read no more than group heads have. tiles * group and count() must fit 32
+  // bits.
+  FA_HOST_DEVICE constexpr WorkTile first_first_of_group(uint32_t index, int group) const {
     const auto group_items = static_cast<uint32_t>(tiles * group);
     const uint32_t first_head = index / group_items * static_cast<uint32_t>(group);
     const auto members = min(static_cast<uint32_t>(group),
                              static_cast<uint32_t>(int64_t{heads} * batch) - first_head);
     const uint32_t in_group = index % group_items;
     const uint32_t head_index = first_head + in_group % members;
-    return {tiles - 1 - static_cast<int>(in_group / members),
+    return {static_cast<int>(in_group / members),
             static_cast<int>(head_index % static_cast<uint32_t>(heads)),
             static_cast<int>(head_index / static_cast<uint32_t>(heads))};
+  }
+
+  // The same with the last tile first.
+  FA_HOST_DEVICE constexpr WorkTile last_first_of_group(uint32_t index, int group) const {
+    const WorkTile tile = first_first_of_group(index, group);
+    return {tiles - 1 - tile.tile, tile.head, tile.batch};
   }
 
   // All heads of tile 0, then all of tile 1, and so on.
@@ -103,6 +109,10 @@ class QueryTiles {
         current_{queries.empty() ? last_head_ : first_head, begin_} {}
 
   FA_HOST_DEVICE constexpr bool done() const { return current_.head == last_head_; }
+  // How many are left, the current one included.
+  FA_HOST_DEVICE constexpr int left() const {
+    return (last_head_ - current_.head) * (end_ - begin_) - (current_.tile - begin_);
+  }
   FA_HOST_DEVICE constexpr QueryTile current() const { return current_; }
   FA_HOST_DEVICE constexpr void advance() {
     if (++current_.tile == end_) {

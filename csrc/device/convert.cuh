@@ -52,16 +52,28 @@ FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, k
 }
 
 // The same by stmatrix, which Hopper has, for kCols columns of a warp's 16 rows of elements, from
-// kFirstCol on, to the rows of the tile from `row` on.
+// kFirstCol on.
 template <int kFirstCol, int kCols, typename Element, int kElementCols, int kTileRows,
           int kTileCols>
 FA_DEVICE void store_blocks(const OperandA<Element, kBlockRows, kElementCols>& r_elements,
-                            SmemTile<Element, kTileRows, kTileCols>& s_tile, int row) {
+                            SmemTile<Element, kTileRows, kTileCols>& s_tile, int row, int col = 0) {
   const auto s_lane =
-      LanePointer<SmemTile<Element, kTileRows, kTileCols>>::down_first(s_tile, row, 0);
+      LanePointer<SmemTile<Element, kTileRows, kTileCols>>::down_first(s_tile, row, col);
 #pragma unroll
-  for (int col = 0; col < kCols; col += kMmaDepth) {
-    s_lane.store(r_elements.r[0][(kFirstCol + col) / kMmaDepth], 0, col);
+  for (int step = 0; step < kCols; step += kMmaDepth) {
+    s_lane.store(r_elements.r[0][(kFirstCol + step) / kMmaDepth], 0, step);
+  }
+}
+
+// All of them transposed: the 16 rows become columns of the tile from `col` on.
+template <typename Element, int kElementCols, int kTileRows, int kTileCols>
+FA_DEVICE void store_transposed(const OperandA<Element, kBlockRows, kElementCols>& r_elements,
+                                SmemTile<Element, kTileRows, kTileCols>& s_tile, int col) {
+  const auto s_lane =
+      LanePointer<SmemTile<Element, kTileRows, kTileCols>>::right_first(s_tile, 0, col);
+#pragma unroll
+  for (int row = 0; row < kElementCols; row += kMmaDepth) {
+    s_lane.store_transposed(r_elements.r[0][row / kMmaDepth], row, 0);
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Row statistics from registers to global memory. Tiles leave through shared memory: store_elements
-// (convert.cuh), a barrier, then SmemTile::store; on Hopper as sm90/fwd_store.cuh tells.
+// (convert.cuh), a barrier, then SmemTile::store; on Hopper as sm90/store.cuh tells.
 #pragma once
 
 #include "device/fragment.cuh"

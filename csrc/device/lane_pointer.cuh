@@ -35,6 +35,9 @@ class LanePointer {
   FA_DEVICE void store(const uint32_t (&r_blocks)[4], int rows, int cols) const {
     ptx::stmatrix_x4(at(rows, cols), r_blocks);
   }
+  FA_DEVICE void store_transposed(const uint32_t (&r_blocks)[4], int rows, int cols) const {
+    ptx::stmatrix_x4_trans(at(rows, cols), r_blocks);
+  }
 
  private:
   static constexpr int kBytes = sizeof(*Tile::elements);

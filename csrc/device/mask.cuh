@@ -29,11 +29,11 @@ FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int firs
   });
 }
 
-// The same for the 16 rows of a warp. A thread's columns of a row are bits of a word, of which a
-// range is visible: one instruction per score.
-template <typename Scores>
-FA_DEVICE void keep_visible_of_warp(Scores& r_scores, const WindowMask& window, int first_query,
-                                    int first_key, float masked) {
+// Sets what lies outside a row's visible columns to `masked`, in the 16 rows of a warp:
+// visible(row) of one of the thread's rows. A thread's columns of a row are bits of a word, of which
+// a range is visible: one instruction per score.
+template <typename Scores, typename Visible>
+FA_DEVICE void keep_columns(Scores& r_scores, float masked, Visible&& visible) {
   static_assert(Scores::kRows == kBlockRows && 2 * Scores::kColBlocks <= 32);
   const int first_col = Scores::col(0, 0);
   // Bits of the columns before `col`: two of each block, or of the last one as many as there are.
@@ -44,16 +44,37 @@ FA_DEVICE void keep_visible_of_warp(Scores& r_scores, const WindowMask& window, 
   };
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int query = first_query + Scores::row(row);
-    const int end = min(query + window.highest() + 1, window.seqlen_k());
-    const uint32_t visible =
-        bits_before(end - first_key) & ~bits_before(query + window.lowest() - first_key);
+    const Range cols = visible(row);
+    const uint32_t bits = bits_before(cols.end) & ~bits_before(cols.begin);
 #pragma unroll
     for (int bit = 0; bit < 2 * Scores::kColBlocks; ++bit) {
       float& score = r_scores.r[0][bit / 2][2 * row + bit % 2];
-      score = visible >> bit & 1 ? score : masked;
+      score = bits >> bit & 1 ? score : masked;
     }
   }
+}
+
+// keep_visible() for the 16 rows of a warp.
+template <typename Scores>
+FA_DEVICE void keep_visible_of_warp(Scores& r_scores, const WindowMask& window, int first_query,
+                                    int first_key, float masked) {
+  keep_columns(r_scores, masked, [&](int row) {
+    const int query = first_query + Scores::row(row);
+    return Range{query + window.lowest() - first_key,
+                 min(query + window.highest() + 1, window.seqlen_k()) - first_key};
+  });
+}
+
+// The same for scores (keys, queries).
+template <typename Scores>
+FA_DEVICE void keep_seeing_of_warp(Scores& r_scores, const WindowMask& window, int first_key,
+                                   int first_query, float masked) {
+  keep_columns(r_scores, masked, [&](int row) {
+    const int key = first_key + Scores::row(row);
+    return key < window.seqlen_k() ? Range{key - window.highest() - first_query,
+                                           key - window.lowest() + 1 - first_query}
+                                   : Range{0, 0};
+  });
 }
 
 }  // namespace fa::device

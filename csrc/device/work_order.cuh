@@ -27,28 +27,38 @@ FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace&
   return uniform(scheduler.heads_first(s_ticket));
 }
 
-// Between construction and end(), the only block that adds to a tile, and the one whose turn it is:
-// rank() blocks add before it. Does nothing where the pass is not deterministic.
+// The threads that add to a tile together: all of the block, or a part of kParts that each add on
+// their own.
+struct WholeBlock {
+  static constexpr int kParts = 1;
+  FA_DEVICE bool leads() const { return threadIdx.x == 0; }
+  FA_DEVICE void sync() const { __syncthreads(); }
+};
+
+// Between construction and end() it is these threads' turn to add to a tile: rank() blocks have
+// added all of theirs before. Does nothing where the pass is not deterministic.
+template <typename Threads>
 class InTurn {
  public:
   template <typename Rank>
-  FA_DEVICE InTurn(const BwdWorkspace& workspace, int64_t index, Rank&& rank)
-      : turn_(workspace.turn(index)) {
+  FA_DEVICE InTurn(const BwdWorkspace& workspace, int64_t index, const Threads& threads,
+                   Rank&& rank)
+      : turn_(workspace.turn(index)), threads_(threads) {
     if (turn_ != nullptr) {
-      if (threadIdx.x == 0) {
-        const int own = rank();
-        while (ptx::load_acquire(turn_) != own) {
+      if (threads_.leads()) {
+        const int before = Threads::kParts * rank();
+        while (ptx::load_acquire(turn_) < before) {
         }
       }
-      __syncthreads();
+      threads_.sync();
     }
   }
 
   FA_DEVICE void end() {
     if (turn_ != nullptr) {
       __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
+      threads_.sync();
+      if (threads_.leads()) {
         ptx::add_release(turn_, 1);
       }
     }
@@ -56,6 +66,7 @@ class InTurn {
 
  private:
   int* turn_;
+  Threads threads_;
 };
 
 }  // namespace fa::device

@@ -50,7 +50,7 @@ struct KernelConfig {
       return 0;
     }
     const int64_t element_bytes = 2;
-    if (family == Family::kSm90) {
+    if (family == Family::kSm90 && pass == Pass::kForward) {
       return sm90_smem_bytes(q_stages(), kv_stages());
     }
     if (pass == Pass::kForward) {
@@ -61,6 +61,10 @@ struct KernelConfig {
       return (tile_m + 4 * tile_n) * head_dim * element_bytes + exchange;
     }
     const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
+    if (family == Family::kSm90) {  // the next k and v too, and ds twice, but no p
+      return (4 * smem_cols() * (tile_n + tile_m) + 2 * tile_m * tile_n) * element_bytes +
+             statistics + kSm90ControlBytes;
+    }
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
            statistics;
   }
@@ -108,6 +112,13 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kForward,  kFloat16,  192, kWindow,  128,  112, 12, 1},
   {kSm90, kForward,  kBFloat16, 256, kWindow,  128,   80, 12, 1},
   {kSm90, kForward,  kFloat16,  256, kWindow,  128,   80, 12, 1},
+
+  {kSm90, kBackward, kBFloat16,  64, kWindow,  128,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   64, kWindow,  128,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16,  96, kWindow,   64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   96, kWindow,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 128, kWindow,   64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,  128, kWindow,   64,  128, 12, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 2},

@@ -32,6 +32,16 @@ FA_DEVICE void tma_load(void* s_box, const void* map, const BoxOrigin& origin,
       : "memory");
 }
 
+// Consecutive bytes, a multiple of 16, without a tensor map.
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk".
+FA_DEVICE void bulk_load(void* s_bytes, const void* g_bytes, int bytes, uint64_t& s_barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem_address(s_bytes)),
+      "l"(g_bytes), "r"(bytes), "r"(smem_address(&s_barrier))
+      : "memory");
+}
+
 FA_DEVICE void tma_store(const void* map, const BoxOrigin& origin, const void* s_box) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(

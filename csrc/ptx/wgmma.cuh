@@ -83,7 +83,8 @@ FA_DEVICE void shrink_registers() {
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 
-// ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major.
+// ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major, or else (16, kCols),
+// MN-major.
 // rs: a from registers; b from shared memory, (16, kCols), MN-major: its columns contiguous.
 // Without `accumulate` the result starts from zero.
 template <typename Element, int kCols>
@@ -92,6 +93,7 @@ struct Wgmma;
 #define FA_WGMMA(ELEMENT, TYPE, COLS, I0, I1, I2, I3, I4, I5)                                   \
   template <>                                                                                   \
   struct Wgmma<ELEMENT, COLS> {                                                                 \
+    template <bool kBIsMnMajor = false>                                                         \
     static FA_DEVICE void ss(float (&r)[COLS / 8][4], uint64_t a, uint64_t b, int accumulate) { \
       asm volatile(                                                                             \
           "{\n"                                                                                 \
@@ -100,10 +102,10 @@ struct Wgmma;
           ", 0;\n"                                                                              \
           "  wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." TYPE "." TYPE                  \
           " {" FA_NAMES_##COLS "}, " I0 ", " I1                                                 \
-                               ", p, 1, 1, 0, 0;\n"                                             \
+                               ", p, 1, 1, 0, " I3 ";\n"                                        \
                                "}"                                                              \
           : FA_BLOCKS_##COLS                                                                    \
-          : "l"(a), "l"(b), "r"(accumulate));                                                   \
+          : "l"(a), "l"(b), "r"(accumulate), "n"(kBIsMnMajor));                                 \
     }                                                                                           \
     static FA_DEVICE void rs(float (&r)[COLS / 8][4], const uint32_t (&a)[4], uint64_t b,       \
                              int accumulate) {                                                  \

@@ -25,7 +25,8 @@
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/fwd_load.cuh"
-#include "sm90/fwd_store.cuh"
+#include "sm90/shared_rows.cuh"
+#include "sm90/store.cuh"
 #include "sm90/fwd_values_for_out.cuh"
 
 namespace fa::sm90 {
@@ -54,38 +55,6 @@ class Turns {
   int own_;
   int next_;
 };
-
-// The rows of a tile from `first` on become zero, by one warpgroup, for wgmma to read.
-template <typename Tile>
-FA_DEVICE void clear_rows(Tile& s_tile, int first, int thread, int barrier) {
-  const int units = (Tile::kRows - first) * Tile::kUnitsPerLine;
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    uint4* s_panel = reinterpret_cast<uint4*>(s_tile.elements +
-                                              (panel * Tile::kRows + first) * Tile::kPanelCols);
-    for (int unit = thread; unit < units; unit += device::kWarpgroupThreads) {
-      s_panel[unit] = {0, 0, 0, 0};
-    }
-  }
-  ptx::fence_async_proxy();
-  ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
-}
-
-// Flips the signs of 64 rows of a tile, by one warpgroup, for wgmma to read.
-template <typename Tile>
-FA_DEVICE void negate_rows(Tile& s_tile, int first, int thread, int barrier) {
-  constexpr uint32_t kSigns = 0x80008000u;
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    uint4* s_panel = reinterpret_cast<uint4*>(s_tile.elements +
-                                              (panel * Tile::kRows + first) * Tile::kPanelCols);
-    for (int unit = thread; unit < device::kWarpgroupRows * Tile::kUnitsPerLine;
-         unit += device::kWarpgroupThreads) {
-      const uint4 bits = s_panel[unit];
-      s_panel[unit] = {bits.x ^ kSigns, bits.y ^ kSigns, bits.z ^ kSigns, bits.w ^ kSigns};
-    }
-  }
-  ptx::fence_async_proxy();
-  ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
-}
 
 // A math warpgroup.
 template <typename Traits>
@@ -215,7 +184,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     const auto& s_q = s.q[q_at.stage()];
     q_at.wait(s_q_ring);
     if (softmax_scale < 0.0f) {
-      negate_rows(s.q[q_at.stage()], warpgroup_row, thread, warpgroup_barrier);
+      negate_rows(s.q[q_at.stage()], warpgroup_row, thread);
+      show_rows(warpgroup_barrier);
     }
 
     // The scores of the first tile.
@@ -318,7 +288,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       }
       const int rows_of_last = s_work.window.seqlen_k() - (seen.end - 1) * kTileN;
       if (rows_of_last < kTileN && tail_is_foreign) {
-        clear_rows(s.v[v_at.stage()], rows_of_last, thread, warpgroup_barrier);
+        clear_rows(s.v[v_at.stage()], rows_of_last, thread);
+        show_rows(warpgroup_barrier);
       }
       ptx::wgmma_fence();
       device::issue_ab(r_out, r_last, s.v[v_at.stage()], true);

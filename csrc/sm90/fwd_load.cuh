@@ -2,8 +2,9 @@
 // The two loading warps of the forward kernel.
 #pragma once
 
-#include "ptx/tma.cuh"
 #include "sm90/fwd_work.cuh"
+#include "sm90/give_out_work.cuh"
+#include "sm90/load_rows.cuh"
 #include "sm90/tensor_map.h"
 #include "sm90/traits.h"
 
@@ -17,23 +18,6 @@ struct FwdTensorMaps {
   CUtensorMap out;
 };
 
-// By one warp: copies rows of a tensor to rows [first, first + kRows) of a stage of a ring.
-template <int kRows, typename Tile, int kRingStages>
-FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<kRingStages>& s_ring,
-                         const device::RingPosition<kRingStages>& at, const CUtensorMap& map,
-                         int row, int head, int batch) {
-  at.wait_empty(s_ring);
-  if (ptx::lane_index() == 0) {
-    uint64_t& s_full = at.expect(s_ring, sizeof(Tile) / Tile::kRows * kRows);
-#pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      ptx::tma_load(s_tiles[at.stage()].elements + (panel * Tile::kRows + first) * Tile::kPanelCols,
-                    &map, {panel * Tile::kPanelCols, row, head, batch}, s_full);
-    }
-  }
-  __syncwarp();
-}
-
 // How many tiles of keys are left to load when the next item is taken: enough to find out what it
 // is and to load its queries meanwhile.
 inline constexpr int kTilesToTakeAhead = 3;
@@ -42,48 +26,19 @@ inline constexpr int kTilesToTakeAhead = 3;
 template <typename Traits>
 FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
                             const Schedule& schedule, typename Traits::SharedMemory& s) {
-  device::RingPosition<kWorkStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
-  device::RingPosition<1> may_take_at;
-  const auto publish = [&](const FwdWork& work) -> const FwdWork& {
-    work_at.wait_empty(s.work_ring);
-    auto& s_work = s.work[work_at.stage()];
-    s_work.write(params, work);
-    if (ptx::lane_index() < Traits::kMathWarpgroups) {
-      work_at.fill(s.work_ring);
-    }
-    __syncwarp();
-    work_at.advance();
-    return s_work;
-  };
-  const auto take = [&] {
-    const uint32_t item = ptx::lane_index() == 0 ? take_item(schedule) : 0;
-    return __shfl_sync(~0u, item, 0);
-  };
-  for (uint32_t item = blockIdx.x; item < schedule.items; item = take()) {
-    const FwdWork work = FwdWork::of_item<Traits::kTileM, Traits::kTileN>(params, schedule, item);
-    if (!work.exists()) {
-      continue;
-    }
-    const FwdWork& s_work = publish(work);
-    if (!s_work.key_tiles.empty()) {
+  give_out_work<FwdWork, Traits>(params, schedule, s, [&](const FwdWork& work) {
+    if (!work.key_tiles.empty()) {
 #pragma unroll 1
       for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
         const int row = warpgroup * device::kWarpgroupRows;
         load_rows<device::kWarpgroupRows>(s.q, row, s.q_ring[warpgroup], q_at, maps.q,
-                                          s_work.queries.begin + s_work.first_query + row,
-                                          s_work.tile.head, s_work.batch_of_queries(params));
+                                          work.queries.begin + work.first_query + row,
+                                          work.tile.head, work.batch_of_queries(params));
       }
       q_at.advance();
     }
-    // Not before this one nears its end: near the end of all work others may be free sooner.
-    may_take_at.wait(s.may_take);
-    may_take_at.advance();
-  }
-  publish({.tile = {-1, 0, 0}, .window = params.window});
-  if (ptx::lane_index() == 0) {
-    finish_taking(schedule);
-  }
+  });
 }
 
 // Loads keys and values, by one warp.

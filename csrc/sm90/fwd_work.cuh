@@ -1,40 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the blocks of the forward kernel work on, and how they share it.
+// What the blocks of the forward kernel work on.
 #pragma once
 
 #include "common/key_tiles.h"
 #include "common/params.h"
-#include "common/scheduler.h"
 #include "device/warpgroup_mma.cuh"
+#include "sm90/schedule.cuh"
 
 namespace fa::sm90 {
-
-// The first item of a block has the block's own index. Further ones it takes from the counter,
-// which is null where there are no more items than blocks.
-struct Schedule {
-  TileScheduler tiles;
-  uint32_t items;  // and as many more as there are blocks fit 32 bits
-  int head_group;
-  WorkCounter* counter;
-};
-
-// By one thread: the index of an item that no other block has, or one past the last.
-FA_DEVICE uint32_t take_item(const Schedule& schedule) {
-  return schedule.counter == nullptr ? schedule.items
-                                     : gridDim.x + atomicAdd(&schedule.counter->taken, 1u);
-}
-
-// By one thread of each block, when there are no more items: the last one leaves the counter as it
-// was found.
-FA_DEVICE void finish_taking(const Schedule& schedule) {
-  if (schedule.counter == nullptr) {
-    return;
-  }
-  __threadfence();
-  if (atomicAdd(&schedule.counter->finished, 1u) + 1 == gridDim.x) {
-    *schedule.counter = {};
-  }
-}
 
 // A tile of queries and the tiles of keys that it sees.
 struct FwdWork {

@@ -8,65 +8,121 @@
 #include "common/key_tiles.h"
 #include "common/math.h"
 #include "dispatch/registry.h"
+#include "sm90/bwd_kernel.cuh"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/tensor_map.h"
+#include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
 #include "support/resources.h"
 #include "support/work_counter.h"
 
 namespace fa::sm90 {
 
-template <typename Traits>
-FwdTensorMaps tensor_maps(const FwdParams& params) {
-  const Shape& shape = params.shape;
-  const auto map = [&](const TensorView& view, const Sequences& sequences, int seqlen, int heads,
-                       int box_rows) {
+// How TMA sees tensors of queries and of keys. Params: of a pass.
+template <typename Params>
+class TensorMaps {
+ public:
+  TensorMaps(const Params& params, Dtype dtype) : params_(params), dtype_(dtype) {}
+
+  CUtensorMap of_queries(const TensorView& view, int box_rows) const {
+    const Shape& shape = params_.shape;
+    return make(view, params_.queries, shape.seqlen_q, shape.num_heads, box_rows);
+  }
+  CUtensorMap of_keys(const TensorView& view, int box_rows) const {
+    const Shape& shape = params_.shape;
+    return make(view, params_.keys, shape.seqlen_k, shape.num_heads_kv, box_rows);
+  }
+
+ private:
+  CUtensorMap make(const TensorView& view, const Sequences& sequences, int seqlen, int heads,
+                   int box_rows) const {
     const bool packed = sequences.cu_seqlens != nullptr;
     return make_tensor_map({.view = view,
-                            .dtype = Traits::kConfig.dtype,
-                            .batch = packed ? 1 : shape.batch,
+                            .dtype = dtype_,
+                            .batch = packed ? 1 : params_.shape.batch,
                             .heads = heads,
                             .rows = packed ? sequences.packed_rows : seqlen,
-                            .cols = shape.head_dim,
+                            .cols = params_.shape.head_dim,
                             .box_rows = box_rows});
-  };
-  const auto queries = [&](const TensorView& view, int box_rows) {
-    return map(view, params.queries, shape.seqlen_q, shape.num_heads, box_rows);
-  };
-  const auto keys = [&](const TensorView& view) {
-    return map(view, params.keys, shape.seqlen_k, shape.num_heads_kv, Traits::kTileN);
-  };
-  return {queries(params.q, device::kWarpgroupRows), keys(params.k), keys(params.v),
-          queries(params.out, device::kWarpgroupRows)};
-}
+  }
 
-// A block's first item is its own; the counter, where there are more items than blocks, gives out
-// the others.
-inline Schedule make_schedule(const FwdParams& params, int tile_m, void* stream) {
-  const Shape& shape = params.shape;
-  const TileScheduler tiles = {ceil_div(shape.seqlen_q, tile_m), shape.num_heads, shape.batch};
+  const Params& params_;
+  Dtype dtype_;
+};
+
+// For `tiles` of `tile_rows` rows each of what has `heads` heads and is called `name`. A block's
+// first item is its own, unless items begin in_order; the counter, where there are more items than
+// blocks, gives out the others.
+template <typename Params>
+Schedule make_schedule(const Params& params, const char* name, int tiles, int tile_rows, int heads,
+                       bool in_order, void* stream) {
+  const TileScheduler scheduler = {tiles, heads, params.shape.batch};
   const int most_blocks = support::multiprocessors();
   const int64_t most_items = int64_t{UINT32_MAX} - most_blocks;
-  check(tiles.count() <= most_items, ErrorKind::kNotImplemented, "q: expected at most ", most_items,
-        " tiles of ", tile_m, " queries in all heads and batch entries, got ", tiles.count());
-  return {.tiles = tiles,
-          .items = static_cast<uint32_t>(tiles.count()),
-          .head_group = head_group(params, tiles.tiles, most_blocks),
-          .counter = tiles.count() > most_blocks ? support::work_counter(stream) : nullptr};
+  const int64_t items = scheduler.count();
+  check(items <= most_items, ErrorKind::kNotImplemented, name, ": expected at most ", most_items,
+        " tiles of ", tile_rows, " rows in all heads and batch entries, got ", items);
+  const int all_heads = heads * params.shape.batch;
+  return {.tiles = scheduler,
+          .items = static_cast<uint32_t>(items),
+          .head_group = in_order ? all_heads : head_group(params, heads, tiles, most_blocks),
+          .counter = in_order || items > most_blocks ? support::work_counter(stream) : nullptr,
+          .in_order = in_order};
 }
 
 template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
-  const Schedule schedule = make_schedule(params, Traits::kTileM, context.stream);
+  const TensorMaps maps(params, Traits::kConfig.dtype);
+  const Schedule schedule =
+      make_schedule(params, "q", ceil_div(params.shape.seqlen_q, Traits::kTileM), Traits::kTileM,
+                    params.shape.num_heads, false, context.stream);
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), context.stream, params, tensor_maps<Traits>(params),
+      sizeof(typename Traits::SharedMemory), context.stream, params,
+      FwdTensorMaps{.q = maps.of_queries(params.q, device::kWarpgroupRows),
+                    .k = maps.of_keys(params.k, Traits::kTileN),
+                    .v = maps.of_keys(params.v, Traits::kTileN),
+                    .out = maps.of_queries(params.out, device::kWarpgroupRows)},
       schedule);
+}
+
+template <typename Traits>
+constexpr int64_t kDqSmemBytes = sizeof(typename Traits::template Rows<Traits::kTileM>);
+
+template <typename Traits>
+void launch_backward(const BwdParams& params, const LaunchContext& context) {
+  const Shape& shape = params.shape;
+  const TensorMaps maps(params, Traits::kConfig.dtype);
+  const int query_tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
+  const Schedule schedule = make_schedule(
+      params, "k", ceil_div(shape.seqlen_k, Traits::kTileN), Traits::kTileN, shape.num_heads_kv,
+      params.workspace.turns != nullptr && query_tiles > 0, context.stream);
+  support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  support::launch_persistent<flash_bwd_sm90<Traits>>(
+      "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), context.stream, params,
+      BwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
+                    .k = maps.of_keys(params.k, Traits::kTileN),
+                    .v = maps.of_keys(params.v, Traits::kTileN),
+                    .dout = maps.of_queries(params.dout, Traits::kTileM),
+                    .dk = maps.of_keys(params.dk, device::kWarpgroupRows),
+                    .dv = maps.of_keys(params.dv, device::kWarpgroupRows)},
+      schedule);
+  support::launch<flash_bwd_dq_sm90<Traits>>(
+      "flash_bwd_dq_sm90", params, TileScheduler{query_tiles, shape.num_heads, shape.batch},
+      Traits::kMathThreads, kDqSmemBytes<Traits>, context.stream);
 }
 
 template <typename Traits>
 KernelResources forward_resources() {
   return support::resources_of(flash_fwd_sm90<Traits>, sizeof(typename Traits::SharedMemory));
+}
+
+template <typename Traits>
+KernelResources backward_resources() {
+  return support::larger(
+      support::resources_of(flash_bwd_sm90<Traits>, sizeof(typename Traits::SharedMemory)),
+      support::resources_of(flash_bwd_dq_sm90<Traits>, kDqSmemBytes<Traits>));
 }
 
 // Registers every row of the table with this pass and head_dim when the library is loaded.
@@ -77,8 +133,13 @@ struct Registration {
   template <int kRow>
   void operator()() const {
     RegisteredKernel& kernel = registry().kernels[kRow];
-    kernel.forward = launch_forward<FwdTraits<kRow>>;
-    kernel.resources = forward_resources<FwdTraits<kRow>>;
+    if constexpr (kPass == Pass::kForward) {
+      kernel.forward = launch_forward<FwdTraits<kRow>>;
+      kernel.resources = forward_resources<FwdTraits<kRow>>;
+    } else {
+      kernel.backward = launch_backward<BwdTraits<kRow>>;
+      kernel.resources = backward_resources<BwdTraits<kRow>>;
+    }
   }
 };
 

@@ -12,11 +12,9 @@
 #include "device/warpgroup_mma.cuh"
 #include "dispatch/kernel_table.h"
 #include "sm90/fwd_work.cuh"
+#include "sm90/give_out_work.cuh"
 
 namespace fa::sm90 {
-
-// Of what tells of the work, one item comes while another is used.
-inline constexpr int kWorkStages = 2;
 
 template <int kRow>
 struct FwdTraits {

@@ -69,7 +69,7 @@ void check_skips(const WindowMask& window, Range queries, const Tiling& tiling) 
 
 void check_groups(FwdParams params, int tiles, int blocks) {
   const int64_t heads = int64_t{params.shape.num_heads} * params.shape.batch;
-  const int group = fa::head_group(params, tiles, blocks);
+  const int group = fa::head_group(params, params.shape.num_heads, tiles, blocks);
   FA_EXPECT(1 <= group && group <= heads, "group", group, "heads", heads);
   FA_EXPECT(int64_t{group} * tiles <= std::numeric_limits<int>::max(), "group", group);
   if (params.window.is_full()) {

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Backward on Hopper, after support/bwd_preprocess. With p = exp(scale * q k^T - lse),
+// dp = dout v^T and ds = p * (dp - delta),
+//   dv = p^T dout,  dk = scale * ds^T q,  dq = scale * ds k.
+// As many blocks as multiprocessors take tiles of keys of one head until none is left, and walk the
+// tiles of queries that see them, of every head of queries that shares those keys. In a block,
+//   warpgroup 0 loads: one of its warps takes the work, tells of it through a ring, and has TMA
+//   copy keys and values; another has TMA copy queries, dout and their rows' statistics;
+//   the others compute: each owns 64 keys, whose dk and dv are its accumulators. It has scores and
+//   ds transposed, (keys, queries), so that p and ds go from accumulators to A operands without
+//   leaving the lane.
+// For dq, ds of all keys comes together in shared memory: the math warpgroups meet once a tile,
+// when it is written, and write the next tile's to another stage. Each adds its share of the
+// tile's dq to sums in global memory, which flash_bwd_dq_sm90 then writes out.
+//
+// Deterministic: blocks take their work in the order in which they begin, which is by tiles of
+// keys, and add to a tile of dq in that order. A block so waits only for blocks that began before
+// it.
+#pragma once
+
+#include "device/mask.cuh"
+#include "device/work_order.cuh"
+#include "ptx/barrier.cuh"
+#include "sm90/bwd_dq.cuh"
+#include "sm90/bwd_load.cuh"
+#include "sm90/shared_rows.cuh"
+#include "sm90/store.cuh"
+
+namespace fa::sm90 {
+
+// visit(block, i, value): a value for each column of a tile that this lane holds, from shared
+// memory.
+template <typename Scores, typename Visit>
+FA_DEVICE void for_each_column(const float* s_values, Visit&& visit) {
+#pragma unroll
+  for (int block = 0; block < Scores::kColBlocks; ++block) {
+    const auto pair = *reinterpret_cast<const float2*>(s_values + Scores::col(block, 0));
+    visit(block, 0, pair.x);
+    visit(block, 1, pair.y);
+  }
+}
+
+// A warpgroup as the threads that add its share of a tile of dq.
+template <typename Traits>
+struct Adders {
+  static constexpr int kParts = Traits::kMathWarpgroups;
+  int thread;
+  int barrier;
+  FA_DEVICE bool leads() const { return thread == 0; }
+  FA_DEVICE void sync() const { ptx::barrier_sync<device::kWarpgroupThreads>(barrier); }
+};
+
+// A math warpgroup.
+template <typename Traits>
+FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
+                             typename Traits::SharedMemory& s, int warpgroup) {
+  using Element = typename Traits::Element;
+  using Scores = typename Traits::Scores;
+  using KeyGradient = typename Traits::KeyGradient;
+  constexpr int kTileM = Traits::kTileM;
+  constexpr int kTileN = Traits::kTileN;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  constexpr int kMathThreads = Traits::kMathThreads;
+  constexpr int kMathBarrier = 1;
+
+  const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
+  const int math_thread = static_cast<int>(threadIdx.x) - device::kWarpgroupThreads;
+  const int warpgroup_barrier = 2 + warpgroup;
+  const int warpgroup_row = warpgroup * device::kWarpgroupRows;
+  const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
+  const float softmax_scale = static_cast<float>(params.softmax_scale);
+  const float scale_log2 = softmax_scale * kLog2E;
+  // Rows past the end of a sequence are then what others left there, NaN perhaps, which 0 must not
+  // multiply.
+  const bool queries_are_foreign =
+      params.queries.cu_seqlens != nullptr || params.queries.seqused != nullptr;
+  const bool keys_are_foreign = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
+
+  device::RingPosition<kWorkStages> work_at;
+  device::RingPosition<kBwdStages> keys_at;
+  device::RingPosition<kBwdStages> at;  // of q, dout, statistics and ds
+  // dk and dv leave from the shared memory of their keys, and that is free when TMA has read them.
+  bool is_leaving = false;
+  device::RingPosition<kBwdStages> keys_left;
+  const auto finish_store = [&] {
+    if (is_leaving) {
+      if (thread == 0) {
+        ptx::tma_wait_read();
+      }
+      keys_left.release(s.keys_ring);
+    }
+    is_leaving = false;
+  };
+
+  for (;; work_at.release(s.work_ring), work_at.advance()) {
+    work_at.wait(s.work_ring);
+    const auto& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    const int first_key = ptx::uniform(s_work.first_key);
+    const Range seeing_all = {ptx::uniform(s_work.seeing_all[warpgroup].begin),
+                              ptx::uniform(s_work.seeing_all[warpgroup].end)};
+    const int seqlen_q = ptx::uniform(s_work.queries.length);
+    const int64_t first_query_tile = s_work.first_query_tile;
+    auto& s_k = s.keys[keys_at.stage()].k;
+    auto& s_v = s.keys[keys_at.stage()].v;
+    keys_at.wait(s.keys_ring);
+    if (keys_are_foreign && first_key + kTileN > s_work.keys.length) {
+      clear_rows<kMathThreads>(s_k, s_work.keys.length - first_key, math_thread);
+      show_rows<kMathThreads>(kMathBarrier);
+    }
+
+    KeyGradient r_dk;  // without softmax_scale
+    KeyGradient r_dv;
+    r_dk.clear();
+    r_dv.clear();
+    for (QueryTiles tiles = s_work.template query_tiles<kTileM>(params); !tiles.done();
+         tiles.advance()) {
+      const QueryTile tile = tiles.current();
+      const int first_query = tile.tile * kTileM;
+      auto& s_q = s.q[at.stage()];
+      auto& s_dout = s.dout[at.stage()];
+      auto& s_ds = s.ds[at.stage()];
+      const auto& s_statistics = s.statistics[at.stage()];
+      at.wait(s.q_ring);
+      if (queries_are_foreign && first_query + kTileM > seqlen_q) {
+        at.wait(s.dout_ring);
+        clear_rows<kMathThreads>(s_q, seqlen_q - first_query, math_thread);
+        clear_rows<kMathThreads>(s_dout, seqlen_q - first_query, math_thread);
+        show_rows<kMathThreads>(kMathBarrier);
+      }
+
+      Scores r_p;
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_p, s_k, warpgroup_row, s_q);
+      ptx::wgmma_commit();
+      at.wait(s.dout_ring);
+      Scores r_ds;  // dp, then ds
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_ds, s_v, warpgroup_row, s_dout);
+      ptx::wgmma_commit();
+
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_pin(r_p.r[0]);
+      for_each_column<Scores>(s_statistics.lse_log2, [&](int block, int i, float lse_log2) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          float& score = r_p.r[0][block][2 * row + i];
+          score = ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
+        }
+      });
+      const bool is_masked =
+          !device::covers(seeing_all, {first_query, min(first_query + kTileM, seqlen_q)});
+      if (is_masked) {
+        device::keep_seeing_of_warp(r_p, s_work.window, first_key + warp_row, first_query, 0.0f);
+      }
+      const auto r_p_elements = device::to_operand<Element>(r_p);
+
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_ds.r[0]);
+      for_each_column<Scores>(s_statistics.delta, [&](int block, int i, float delta) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          float& ds = r_ds.r[0][block][2 * row + i];
+          ds = r_p.r[0][block][2 * row + i] * (ds - delta);
+        }
+      });
+      if (is_masked) {  // dp of a hidden key may be infinite
+        device::keep_seeing_of_warp(r_ds, s_work.window, first_key + warp_row, first_query, 0.0f);
+      }
+      const auto r_ds_elements = device::to_operand<Element>(r_ds);
+      device::store_transposed(r_ds_elements, s_ds, warp_row);
+      ptx::fence_async_proxy();
+
+      ptx::wgmma_fence();
+      device::issue_ab(r_dv, r_p_elements, s_dout, true);
+      ptx::wgmma_commit();
+      ptx::barrier_sync<kMathThreads>(kMathBarrier);  // ds is written
+      typename Traits::Dq r_dq;
+      ptx::wgmma_fence();
+      device::issue_ab<kTileN>(r_dq, s_ds, Traits::dq_row(warpgroup), s_k,
+                               Traits::dq_col(warpgroup));
+      ptx::wgmma_commit();
+      device::issue_ab(r_dk, r_ds_elements, s_q, true);
+      ptx::wgmma_commit();
+
+      ptx::wgmma_wait<2>();
+      ptx::wgmma_pin(r_dv.r[0]);
+      at.release(s.dout_ring);
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_pin(r_dq.r[0]);
+      const int64_t index = params.workspace.index(tile.head, first_query_tile + tile.tile);
+      device::InTurn in_turn(
+          params.workspace, index, Adders<Traits>{thread, warpgroup_barrier}, [&] {
+            const Range queries = {first_query, min(first_query + kTileM, seqlen_q)};
+            return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
+          });
+      add_dq<Traits>(params.workspace.dq_sum(index), warpgroup, r_dq);
+      in_turn.end();
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_dk.r[0]);
+      at.release(s.q_ring);
+      at.advance();
+      finish_store();
+    }
+
+    finish_store();
+    r_dk.scale(softmax_scale);
+    const ptx::BoxOrigin origin = {0, s_work.keys.begin + first_key + warpgroup_row,
+                                   s_work.tile.head, s_work.batch_of_keys(params)};
+    const auto rows_of = [&](const TensorView& view) {
+      return device::global_tile<Element>(view, s_work.keys, s_work.tile.batch,
+                                          first_key + warp_row, s_work.tile.head,
+                                          params.shape.head_dim);
+    };
+    ptx::barrier_sync<kMathThreads>(kMathBarrier);  // both have read all keys
+    store_through<0>(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
+                     rows_of(params.dv), warpgroup_barrier);
+    store_through<0>(device::to_operand<Element>(r_dk), s_k, warpgroup_row, maps.dk, origin,
+                     rows_of(params.dk), warpgroup_barrier);
+    is_leaving = true;
+    keys_left = keys_at;
+    keys_at.advance();
+    __syncwarp();  // all lanes have read s_work
+  }
+  if (thread == 0) {
+    ptx::tma_wait();
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    flash_bwd_sm90(const __grid_constant__ BwdParams params,
+                   const __grid_constant__ BwdTensorMaps maps, const Schedule schedule) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  auto& s = device::shared_memory<typename Traits::SharedMemory>();
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dk, &maps.dv}) {
+      ptx::prefetch_tensor_map(map);
+    }
+    s.work_ring.init(Traits::kMathWarps + 1, Traits::kMathWarpgroups);  // 1: to load queries
+    s.may_take.init(1);
+    s.keys_ring.init(Traits::kMathWarps);
+    s.q_ring.init(Traits::kMathWarps);
+    s.dout_ring.init(Traits::kMathWarps);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / device::kWarpgroupThreads);
+  if (warpgroup == 0) {
+    ptx::shrink_registers<Traits::kProducerRegisters>();
+    if (ptx::warp_index() == 0) {
+      load_keys<Traits>(params, maps, schedule, s);
+    } else if (ptx::warp_index() == 1) {
+      load_queries<Traits>(params, maps, s);
+    }
+  } else {
+    ptx::grow_registers<Traits::kMathRegisters>();
+    differentiate<Traits>(params, maps, s, warpgroup - 1);
+  }
+#else
+  __trap();  // rather than leave gradients out as they were
+#endif
+}
+
+}  // namespace fa::sm90

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A backward row of the kernel table as types and constants. Included by CUDA sources only.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "device/pipeline.cuh"
+#include "device/smem.cuh"
+#include "device/warpgroup_mma.cuh"
+#include "dispatch/kernel_table.h"
+#include "sm90/bwd_work.cuh"
+#include "sm90/give_out_work.cuh"
+
+namespace fa::sm90 {
+
+// Of what passes by, one tile comes while another is used.
+inline constexpr int kBwdStages = 2;
+
+template <int kRow>
+struct BwdTraits {
+  static constexpr KernelConfig kConfig = table::kRows[kRow];
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kTileM = kConfig.tile_m;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kThreads = kConfig.threads();
+
+  // One warpgroup loads, the others compute, for 64 keys each.
+  static constexpr int kMathWarpgroups = kThreads / device::kWarpgroupThreads - 1;
+  static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static constexpr int kMathThreads = kMathWarpgroups * device::kWarpgroupThreads;
+  static_assert(kMathWarpgroups == 2 && kTileN == kMathWarpgroups * device::kWarpgroupRows);
+  // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kMathRegisters = 232;
+
+  static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
+  using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
+
+  template <int kRows>
+  using Rows = device::SmemTile<Element, kRows, kConfig.smem_cols()>;
+
+  // Of a warpgroup, (keys, queries) and (keys, columns).
+  using Scores = device::Accumulator<device::kBlockRows, kTileM>;
+  using KeyGradient = device::Accumulator<device::kBlockRows, kHeadDim>;
+
+  // A warpgroup's share of a tile of dq: half of its rows where it has 128, else of its columns.
+  static constexpr int kDqCols = 64;
+  using Dq = device::Accumulator<device::kBlockRows, kDqCols>;
+  static constexpr bool kSharesRowsOfDq = kTileM == 2 * device::kWarpgroupRows;
+  static_assert(kSharesRowsOfDq ? kHeadDim == kDqCols
+                                : kTileM == device::kWarpgroupRows && kHeadDim > kDqCols &&
+                                      kHeadDim <= 2 * kDqCols);
+  static FA_DEVICE int dq_row(int warpgroup) {
+    return kSharesRowsOfDq ? warpgroup * device::kWarpgroupRows : 0;
+  }
+  static FA_DEVICE int dq_col(int warpgroup) { return kSharesRowsOfDq ? 0 : warpgroup * kDqCols; }
+
+  // As support/bwd_preprocess.h leaves them in global memory.
+  struct Statistics {
+    alignas(16) float lse_log2[kTileM];
+    alignas(16) float delta[kTileM];
+  };
+  struct Keys {
+    Rows<kTileN> k;
+    Rows<kTileN> v;
+  };
+
+  // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
+  struct alignas(1024) SharedMemory {
+    Keys keys[kBwdStages];
+    Rows<kTileM> q[kBwdStages];
+    Rows<kTileM> dout[kBwdStages];
+    device::SmemTile<Element, kTileM, kTileN> ds[kBwdStages];  // (queries, keys)
+    Statistics statistics[kBwdStages];
+    device::Ring<kWorkStages> work_ring;
+    device::Ring<1> may_take;  // the next item
+    device::Ring<kBwdStages> keys_ring;
+    device::Ring<kBwdStages> q_ring;  // and statistics
+    device::Ring<kBwdStages> dout_ring;
+    SharedBwdWork<kMathWarpgroups> work[kWorkStages];
+  };
+  static_assert(sizeof(Keys) % 1024 == 0 && sizeof(Rows<kTileM>) % 1024 == 0);
+  static_assert(sizeof(SharedMemory) == kConfig.smem_bytes());
+};
+
+}  // namespace fa::sm90
