@@ -46,8 +46,9 @@ class SpeculativeSoftmax {
     for (int row = 0; row < 2; ++row) {
       const float max = row_max(fmaxf(fmaxf(r_first[2 * row], r_first[2 * row + 1]),
                                       fmaxf(r_second[2 * row], r_second[2 * row + 1])));
-      if (max != -INFINITY) {
-        base_[row] = max * scale_log2_;
+      const float base = max * scale_log2_;
+      if (base != -INFINITY) {
+        base_[row] = base;
         limit_[row] = kSlack;
       }
     }
@@ -84,7 +85,8 @@ class SpeculativeSoftmax {
 
  private:
   static constexpr float kSlack = 256.0f;
-  static constexpr float kNoBase = -1.0f;  // no sum is below: the first tile always sets a base
+  static constexpr float kNoBase =
+      -1.0f;  // no sum is below: the first tile that a row sees sets one
 
   // p = exp2(scale * score - base), rounded to pairs of elements, and the sums of this thread's
   // columns.

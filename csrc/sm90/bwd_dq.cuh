@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(Traits::kMathThreads)
     ptx::load_block(g_lane, r_dq.r[0][block]);
   });
   r_dq.scale(static_cast<float>(params.softmax_scale));
-  device::store_blocks<0, Traits::Dq::kCols>(
-      device::to_operand<Element>(r_dq), s_dq,
-      Traits::dq_row(warpgroup) + warp * device::kBlockRows, Traits::dq_col(warpgroup));
+  device::store_blocks(device::to_operand<Element>(r_dq), s_dq,
+                       Traits::dq_row(warpgroup) + warp * device::kBlockRows,
+                       Traits::dq_col(warpgroup));
   __syncthreads();
   s_dq.template store<Traits::kMathThreads>(device::global_tile<Element>(
       params.dq, sequence, tile.batch, first_query, tile.head, params.shape.head_dim));

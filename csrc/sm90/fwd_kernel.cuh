@@ -25,9 +25,9 @@
 #include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/fwd_load.cuh"
+#include "sm90/fwd_values_for_out.cuh"
 #include "sm90/shared_rows.cuh"
 #include "sm90/store.cuh"
-#include "sm90/fwd_values_for_out.cuh"
 
 namespace fa::sm90 {
 
@@ -146,7 +146,8 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
     typename Out::RowValues lse;
     typename Out::RowValues normalizer;
-    const ValuesForOut<Traits> values_for_out(warpgroup, key_tiles, s_work.of_warpgroup);
+    const ValuesForOut<Traits> values_for_out(warpgroup, warpgroup_barrier, key_tiles,
+                                              s_work.of_warpgroup);
     const auto release_values_of = [&](int tile) {
       if (!Traits::kStoresThroughQueries && tile == values_for_out.held()) {
         v_held = v_at;
@@ -197,7 +198,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
-      finish_store();
+      finish_store();  // before values are waited for, which may have to come to the place of out
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
@@ -326,13 +327,13 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
                                    s_work.tile.head, s_work.batch_of_queries(params)};
     if constexpr (Traits::kStoresThroughQueries) {
       ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-      store_through<0>(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
-                       warpgroup_barrier);
+      store_through(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
+                    warpgroup_barrier);
       q_at.advance();
     } else {
       values_for_out.wait();
-      store_through<0>(r_elements, s.out_in(s.v[v_held.stage()]), 0, maps.out, origin, out_rows(),
-                       warpgroup_barrier);
+      store_through(r_elements, s.out_in(s.v[v_held.stage()]), 0, maps.out, origin, out_rows(),
+                    warpgroup_barrier);
       values_for_out.end_write(thread);
     }
     is_leaving = true;

@@ -26,8 +26,9 @@ struct FwdWork {
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
     const WindowMask window = params.window.over(all_queries.length, keys.length);
     const Range queries = queries_of_tile(tile.tile, all_queries.length, kTileM);
-    return {tile,          {all_queries.begin, queries.end},          keys, window,
-            queries.begin, KeyTiles::of(window, queries, kTileN).seen};
+    const Sequence up_to_end = {all_queries.begin, queries.end};
+    const Range key_tiles = KeyTiles::of(window, queries, kTileN).seen;
+    return {tile, up_to_end, keys, window, queries.begin, key_tiles};
   }
 
   // Where TMA finds the sequences: packed ones are all in one batch entry.
@@ -41,6 +42,7 @@ struct FwdWork {
   FA_DEVICE bool exists() const { return first_query < queries.length; }
 
   // Stands behind the last item.
+  FA_DEVICE void describe_end() { tile.tile = -1; }
   FA_DEVICE bool is_end() const { return tile.tile < 0; }
 };
 
@@ -51,7 +53,10 @@ struct SharedFwdWork : FwdWork {
   float* lse;  // of the sequence's first query
 
   // By one warp, of which as many lanes write as there are math warpgroups.
-  FA_DEVICE void write(const FwdParams& params, const FwdWork& work) {
+  template <int kTileM, int kTileNOfKernel>
+  FA_DEVICE void describe(const FwdParams& params, const Schedule& schedule, uint32_t item) {
+    static_assert(kTileNOfKernel == kTileN);
+    const FwdWork work = FwdWork::of_item<kTileM, kTileN>(params, schedule, item);
     const int warpgroup = ptx::lane_index();
     if (warpgroup == 0) {
       static_cast<FwdWork&>(*this) = work;
@@ -62,6 +67,7 @@ struct SharedFwdWork : FwdWork {
       const int end = min(first + device::kWarpgroupRows, work.queries.length);
       of_warpgroup[warpgroup] = KeyTiles::of(work.window, {first, end}, kTileN);
     }
+    __syncwarp();
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From the accumulators of a warpgroup to global memory.
+// From the registers of a warpgroup to global memory.
 #pragma once
 
 #include "device/convert.cuh"
@@ -23,34 +23,30 @@ FA_DEVICE void store_units(const device::GlobalTile<Element>& destination, Units
   }
 }
 
-// By one warpgroup: its columns of out from kFirstCol on, as many as the shared tile has, leave
-// through the tile's rows from `row` on: by TMA, or where the sequence ends among them by lanes.
-// `destination`: of the warp's rows.
-template <int kFirstCol, typename Elements, typename Tile, typename Element>
+// By one warpgroup: its 64 rows of elements leave through the tile's rows from `row` on: by TMA, or
+// where the sequence ends among them by lanes. `destination`: of the warp's rows.
+template <typename Elements, typename Tile, typename Element>
 FA_DEVICE void store_through(const Elements& r_elements, Tile& s_tile, int row,
                              const CUtensorMap& map, const ptx::BoxOrigin& origin,
                              const device::GlobalTile<Element>& destination, int barrier) {
-  constexpr int kCols = min(Tile::kCols, Elements::kCols - kFirstCol);
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   const int warp_row = thread / ptx::kWarpSize * device::kBlockRows;
-  device::store_blocks<kFirstCol, kCols>(r_elements, s_tile, row + warp_row);
+  device::store_blocks(r_elements, s_tile, row + warp_row, 0);
   ptx::fence_async_proxy();
   if (destination.rows + warp_row < device::kWarpgroupRows) {
     __syncwarp();
-    store_units<Element>({destination.g_first + kFirstCol, destination.row_stride, destination.rows,
-                          min(destination.cols - kFirstCol, kCols)},
-                         [&](int unit_row, int col) {
-                           return *reinterpret_cast<const uint4*>(
-                               s_tile.elements + Tile::offset(row + warp_row + unit_row, col));
-                         });
+    store_units<Element>(destination, [&](int unit_row, int col) {
+      return *reinterpret_cast<const uint4*>(s_tile.elements +
+                                             Tile::offset(row + warp_row + unit_row, col));
+    });
     __syncwarp();
   }
   ptx::barrier_sync<device::kWarpgroupThreads>(barrier);
   if (thread == 0 && destination.rows >= device::kWarpgroupRows) {
 #pragma unroll
-    for (int col = 0; col < kCols; col += Tile::kPanelCols) {
+    for (int col = 0; col < Elements::kCols; col += Tile::kPanelCols) {
       ptx::tma_store(
-          &map, {kFirstCol + col, origin.row, origin.head, origin.batch},
+          &map, {col, origin.row, origin.head, origin.batch},
           s_tile.elements + (col / Tile::kPanelCols * Tile::kRows + row) * Tile::kPanelCols);
     }
     ptx::tma_commit();

@@ -79,7 +79,7 @@ struct FwdTraits {
     device::Ring<kQStages> q_ring[kMathWarpgroups];
     device::Ring<kKvStages> k_ring;
     device::Ring<kKvStages> v_ring;
-    SharedFwdWork<kMathWarpgroups, kTileN> work[kKvStages];
+    SharedFwdWork<kMathWarpgroups, kTileN> work[kWorkStages];
 
     // In place of a tile of values.
     static FA_DEVICE OutTile& out_in(Rows<kTileN>& s_values) {

@@ -67,6 +67,13 @@ void check_last_first(const TileScheduler& scheduler) {
 
 // A group of heads after the other, in each the last tile of all its heads first.
 void check_last_first_of_group(const TileScheduler& scheduler, int group) {
+  for (uint32_t index = 0; index < scheduler.count(); ++index) {
+    const WorkTile last_first = scheduler.last_first_of_group(index, group);
+    const WorkTile first_first = scheduler.first_first_of_group(index, group);
+    FA_EXPECT_EQ(first_first.tile, scheduler.tiles - 1 - last_first.tile, "index", index);
+    FA_EXPECT_EQ(first_first.head, last_first.head, "index", index);
+    FA_EXPECT_EQ(first_first.batch, last_first.batch, "index", index);
+  }
   for (uint32_t index = 0; index + 1 < scheduler.count(); ++index) {
     const auto group_of = [&](const WorkTile& work) {
       return (work.batch * scheduler.heads + work.head) / group;
@@ -115,6 +122,7 @@ void check_queries_of_tile(int length, int tile_m) {
 
 void check_query_tiles(Range queries, int tile_rows, int first_head, int heads) {
   QueryTiles tiles(queries, tile_rows, first_head, heads);
+  std::vector<int> left;
   for (int head = first_head; head < first_head + heads; ++head) {
     for (int tile = 0; tile * tile_rows < queries.end; ++tile) {
       const bool holds_some = !queries.empty() && (tile + 1) * tile_rows > queries.begin;
@@ -124,10 +132,15 @@ void check_query_tiles(Range queries, int tile_rows, int first_head, int heads) 
       FA_EXPECT(!tiles.done(), "head", head, "tile", tile);
       FA_EXPECT_EQ(tiles.current().head, head, "queries", queries.begin, queries.end);
       FA_EXPECT_EQ(tiles.current().tile, tile, "queries", queries.begin, queries.end);
+      left.push_back(tiles.left());
       tiles.advance();
     }
   }
   FA_EXPECT(tiles.done(), "queries", queries.begin, queries.end, "tile_rows", tile_rows);
+  left.push_back(tiles.left());
+  for (size_t i = 0; i < left.size(); ++i) {
+    FA_EXPECT_EQ(left[i], static_cast<int>(left.size() - 1 - i), "tile_rows", tile_rows);
+  }
 }
 
 void check_beyond_32_bits(const TileScheduler& scheduler) {

@@ -247,6 +247,54 @@ void test_ab() {
       });
 }
 
+template <typename Element, int kRowsA, int kColsB, int kCol>
+__global__ void ab_of_part_kernel(const Element* g_a, const Element* g_b, float* g_sum) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kDepth = 128;
+  auto& s = device::shared_memory<
+      ProductMemory<SmemTile<Element, kRowsA, kDepth>, SmemTile<Element, kDepth, kColsB>>>();
+  fill_tile(s.a, g_a);
+  fill_tile(s.b, g_b);
+  ptx::fence_async_proxy();
+  __syncthreads();
+  device::Accumulator<device::kBlockRows, 64> r_sum;
+  ptx::wgmma_fence();
+  device::issue_ab<kDepth>(r_sum, s.a, kRowsA - device::kWarpgroupRows, s.b, kCol);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_pin(r_sum.r[0]);
+  dump(r_sum, g_sum, 64, ptx::warp_index() * device::kBlockRows, 0);
+#endif
+}
+
+// The last 64 rows of a by 64 columns of b from kCol on, both from shared memory.
+template <typename Element, int kRowsA, int kColsB, int kCol>
+void test_ab_of_part() {
+  constexpr int kDepth = 128;
+  constexpr int kRows = device::kWarpgroupRows;
+  using Memory =
+      ProductMemory<SmemTile<Element, kRowsA, kDepth>, SmemTile<Element, kDepth, kColsB>>;
+  Managed<Element> a(kRowsA * kDepth);
+  Managed<Element> b(kDepth * kColsB);
+  Managed<float> sum(kRows * 64, kUntouched);
+  fill(a, 6);
+  fill(b, 7);
+  run<ab_of_part_kernel<Element, kRowsA, kColsB, kCol>>(1, device::kWarpgroupThreads,
+                                                        sizeof(Memory), a.data, b.data, sum.data);
+  expect(
+      "issue_ab, 64 rows of " + shape_name(kRowsA, kDepth) + " by 64 columns from " +
+          std::to_string(kCol) + " on of " + shape_name(kDepth, kColsB),
+      kRows, 64, 0, [&](int r, int c) { return sum[r * 64 + c]; },
+      [&](int r, int c) {
+        float expected = 0.0f;
+        for (int i = 0; i < kDepth; ++i) {
+          expected += static_cast<float>(a[(kRowsA - kRows + r) * kDepth + i]) *
+                      static_cast<float>(b[i * kColsB + kCol + c]);
+        }
+        return expected;
+      });
+}
+
 // --- the ring ---
 
 struct RingMemory {
@@ -371,40 +419,68 @@ FA_HOST_DEVICE float pattern(int row, int col) {
   return static_cast<float>((5 * row + 3 * col) % 101);
 }
 
-// Four warps store their columns of pattern() from kFirstCol on to the last 64 rows of the tile.
-template <int kFirstCol, int kCols, int kAllCols, typename Element, typename Tile>
+// Four warps store pattern() to the last 64 rows of the tile, from kCol on.
+template <int kCol, int kCols, typename Element, typename Tile>
 __global__ void store_blocks_kernel(Element* g_tile) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& s_tile = device::shared_memory<Tile>();
   fill_tile(s_tile, g_tile);
   __syncthreads();
   const int row = Tile::kRows - device::kWarpgroupRows + ptx::warp_index() * device::kBlockRows;
-  device::Accumulator<device::kBlockRows, kAllCols> r_sums;
+  device::Accumulator<device::kBlockRows, kCols> r_sums;
   r_sums.transform([&](float, int i, int block, int j) {
-    return pattern(row + r_sums.row(i), r_sums.col(block, j));
+    return pattern(row + r_sums.row(i), kCol + r_sums.col(block, j));
   });
-  device::store_blocks<kFirstCol, kCols>(device::to_operand<Element>(r_sums), s_tile, row);
+  device::store_blocks(device::to_operand<Element>(r_sums), s_tile, row, kCol);
   __syncthreads();
   dump_tile(s_tile, g_tile);
 #endif
 }
 
-template <typename Element, int kFirstCol, int kCols, int kAllCols, int kTileCols>
+template <typename Element, int kCol, int kCols, int kTileCols>
 void test_store_blocks() {
   constexpr int kRows = 80;
   using Tile = SmemTile<Element, kRows, kTileCols>;
   Managed<Element> tile(kRows * kTileCols, Element(kUntouched));
-  run<store_blocks_kernel<kFirstCol, kCols, kAllCols, Element, Tile>>(1, device::kWarpgroupThreads,
-                                                                      sizeof(Tile), tile.data);
+  run<store_blocks_kernel<kCol, kCols, Element, Tile>>(1, device::kWarpgroupThreads, sizeof(Tile),
+                                                       tile.data);
   expect(
-      "store_blocks " + std::to_string(kCols) + " columns from " + std::to_string(kFirstCol) +
-          " of " + std::to_string(kAllCols) + " to " + shape_name(kRows, kTileCols),
+      "store_blocks, " + std::to_string(kCols) + " columns from " + std::to_string(kCol) +
+          " on of " + shape_name(kRows, kTileCols),
       kRows, kTileCols, 0,
       [&](int r, int c) { return static_cast<float>(tile[r * kTileCols + c]); },
       [](int r, int c) {
-        const bool stored = r >= kRows - device::kWarpgroupRows && c < kCols;
-        return stored ? pattern(r, kFirstCol + c) : kUntouched;
+        const bool stored = r >= kRows - device::kWarpgroupRows && kCol <= c && c < kCol + kCols;
+        return stored ? pattern(r, c) : kUntouched;
       });
+}
+
+// Eight warps have 16 columns of pattern() each as their rows.
+template <typename Element, typename Tile>
+__global__ void store_transposed_kernel(Element* g_tile) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  auto& s_tile = device::shared_memory<Tile>();
+  const int col = ptx::warp_index() * device::kBlockRows;
+  device::Accumulator<device::kBlockRows, Tile::kRows> r_sums;
+  r_sums.transform([&](float, int i, int block, int j) {
+    return pattern(r_sums.col(block, j), col + r_sums.row(i));
+  });
+  device::store_transposed(device::to_operand<Element>(r_sums), s_tile, col);
+  __syncthreads();
+  dump_tile(s_tile, g_tile);
+#endif
+}
+
+template <typename Element, int kRows>
+void test_store_transposed() {
+  constexpr int kCols = 128;
+  using Tile = SmemTile<Element, kRows, kCols>;
+  Managed<Element> tile(kRows * kCols, Element(kUntouched));
+  run<store_transposed_kernel<Element, Tile>>(1, 256, sizeof(Tile), tile.data);
+  expect(
+      "store_transposed to " + shape_name(kRows, kCols), kRows, kCols, 0,
+      [&](int r, int c) { return static_cast<float>(tile[r * kCols + c]); },
+      [](int r, int c) { return pattern(r, c); });
 }
 
 template <typename Element>
@@ -435,14 +511,21 @@ void test_element(const char* name) {
   test_ab<Element, 48, 256, 256, 80>();
   test_ab<Element, 64, 64, 48>();
 
-  test_store_blocks<Element, 0, 64, 64, 64>();
-  test_store_blocks<Element, 0, 96, 96, 96>();
-  test_store_blocks<Element, 0, 96, 96, 128>();
-  test_store_blocks<Element, 0, 128, 128, 128>();
-  test_store_blocks<Element, 0, 128, 256, 128>();
-  test_store_blocks<Element, 128, 64, 192, 128>();
-  test_store_blocks<Element, 128, 96, 256, 128>();
-  test_store_blocks<Element, 128, 128, 256, 128>();
+  // Parts of rows, and of columns, both from shared memory.
+  test_ab_of_part<Element, 64, 128, 0>();
+  test_ab_of_part<Element, 64, 128, 64>();
+  test_ab_of_part<Element, 128, 64, 0>();
+
+  test_store_blocks<Element, 0, 64, 64>();
+  test_store_blocks<Element, 0, 64, 128>();
+  test_store_blocks<Element, 64, 64, 128>();
+  test_store_blocks<Element, 0, 96, 96>();
+  test_store_blocks<Element, 0, 96, 128>();
+  test_store_blocks<Element, 0, 128, 128>();
+  test_store_blocks<Element, 0, 192, 192>();
+  test_store_blocks<Element, 0, 256, 256>();
+  test_store_transposed<Element, 64>();
+  test_store_transposed<Element, 128>();
 }
 
 void test_all() {

@@ -109,6 +109,16 @@ void check_fits() {
   FA_EXPECT(row.fits(2 * bytes + 1024) && !row.fits(2 * bytes + 1023));
 }
 
+// How many tiles of q, and of k and v, Hopper's forward has room for.
+void check_stages() {
+  for (const KernelConfig& row : kRows) {
+    if (row.family == kSm90 && row.pass == kForward) {
+      FA_EXPECT_EQ(row.q_stages(), row.head_dim <= 128 ? 2 : 1, row.name());
+      FA_EXPECT_EQ(row.kv_stages(), row.head_dim <= 64 ? 4 : 2, row.name());
+    }
+  }
+}
+
 template <Family kFamily, Pass kPass, int kHeadDim>
 void count_visits(std::array<int, kNumRows>& visits) {
   for_each_row<kFamily, kPass, kHeadDim>([&]<int kRow>() {
@@ -148,6 +158,7 @@ int main() {
   check_choices();
   check_each_row();
   check_fits();
+  check_stages();
   check_visits<kSm80, 64, 96, 128, 192, 256, 512>();
   check_visits<kSm90, 64, 96, 128, 192, 256>();
   check_visits<kCpu, kLargestHeadDim>();

@@ -104,6 +104,13 @@ inline std::vector<Case> fixed_length_cases() {
       {.name = "several tiles of several heads for each block",
        .shape = {5, 60, 12, 130, 260, kOfRow},
        .right = 0},
+      {.name = "single tiles of several heads for each block",
+       .shape = {4, 80, 16, 128, 70, kOfRow}},
+      {.name = "full tiles of several heads for each block",
+       .shape = {4, 80, 16, 128, 260, kOfRow}},
+      {.name = "rows that see nothing among several heads for each block",
+       .shape = {4, 60, 12, 300, 130, kOfRow},
+       .right = 0},
       {.name = "70000 heads", .shape = {4375, 16, 8, 3, 2, 8}, .right = 0},
   };
 }
