@@ -2,7 +2,8 @@
 """What the machine code of Hopper's kernels must and must not contain.
 
 A kernel moves tiles by TMA and multiplies by wgmma, so UTMALDG and HGMMA occur in it, and neither
-HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory. Its main
+HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory. The latter
+holds for the small kernels around the main ones too. Its main
 loop is the shortest that holds HGMMA: the one without masks. How many instructions it has, those
 included that rarely run because the softmax must raise its base, a budget keeps from growing
 unnoticed. Where it waits for its two products one by one (DEPBAR), the exponentials (MUFU) run
@@ -75,13 +76,16 @@ def parse(text: str) -> Iterator[tuple[str, Code]]:
         yield name, Code(opcodes, loops)
 
 
-def faults(code: Code, budget: int | None) -> Iterator[str]:
-    for opcode in REQUIRED:
-        if opcode not in code.opcodes:
-            yield f"no {opcode} in its machine code"
+def faults(code: Code, budget: int | None, multiplies: bool = True) -> Iterator[str]:
+    """Of a kernel that multiplies, or of a small one that does not and has no main loop."""
     for opcode in FORBIDDEN:
         if count := code.opcodes.count(opcode):
             yield f"{count} {opcode} in its machine code"
+    if not multiplies:
+        return
+    for opcode in REQUIRED:
+        if opcode not in code.opcodes:
+            yield f"no {opcode} in its machine code"
     loop = code.main_loop()
     if budget is None:
         yield f"no budget in .ci/loop_budget.json for its main loop of {len(loop)} instructions"

@@ -30,8 +30,8 @@ FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int firs
 }
 
 // Sets what lies outside a row's visible columns to `masked`, in the 16 rows of a warp:
-// visible(row) of one of the thread's rows. A thread's columns of a row are bits of a word, of which
-// a range is visible: one instruction per score.
+// visible(row) of one of the thread's rows. A thread's columns of a row are bits of a word, of
+// which a range is visible: one instruction per score.
 template <typename Scores, typename Visible>
 FA_DEVICE void keep_columns(Scores& r_scores, float masked, Visible&& visible) {
   static_assert(Scores::kRows == kBlockRows && 2 * Scores::kColBlocks <= 32);

@@ -18,10 +18,10 @@ FA_DEVICE void stmatrix_x4(uint32_t s_row, const uint32_t (&r_matrices)[4]) {
 // The same with each matrix transposed: of each, the two elements at (2 * (lane % 4), lane / 4).
 // PTX ISA, "Warp Level Matrix Store Instruction: stmatrix", .trans.
 FA_DEVICE void stmatrix_x4_trans(uint32_t s_row, const uint32_t (&r_matrices)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   s_row),
-               "r"(r_matrices[0]), "r"(r_matrices[1]), "r"(r_matrices[2]), "r"(r_matrices[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(s_row),
+      "r"(r_matrices[0]), "r"(r_matrices[1]), "r"(r_matrices[2]), "r"(r_matrices[3])
+      : "memory");
 }
 
 }  // namespace fa::ptx

@@ -83,10 +83,9 @@ FA_DEVICE void shrink_registers() {
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 
-// ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major, or else (16, kCols),
-// MN-major.
-// rs: a from registers; b from shared memory, (16, kCols), MN-major: its columns contiguous.
-// Without `accumulate` the result starts from zero.
+// ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major, or else (16,
+// kCols), MN-major. rs: a from registers; b from shared memory, (16, kCols), MN-major: its columns
+// contiguous. Without `accumulate` the result starts from zero.
 template <typename Element, int kCols>
 struct Wgmma;
 
@@ -101,8 +100,8 @@ struct Wgmma;
           "  setp.ne.b32 p, " I2                                                                \
           ", 0;\n"                                                                              \
           "  wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." TYPE "." TYPE                  \
-          " {" FA_NAMES_##COLS "}, " I0 ", " I1                                                 \
-                               ", p, 1, 1, 0, " I3 ";\n"                                        \
+          " {" FA_NAMES_##COLS "}, " I0 ", " I1 ", p, 1, 1, 0, " I3                             \
+                               ";\n"                                                            \
                                "}"                                                              \
           : FA_BLOCKS_##COLS                                                                    \
           : "l"(a), "l"(b), "r"(accumulate), "n"(kBIsMnMajor));                                 \

@@ -5,10 +5,11 @@
 // As many blocks as multiprocessors take tiles of keys of one head until none is left, and walk the
 // tiles of queries that see them, of every head of queries that shares those keys. In a block,
 //   warpgroup 0 loads: one of its warps takes the work, tells of it through a ring, and has TMA
-//   copy keys and values; another has TMA copy queries, dout and their rows' statistics;
-//   the others compute: each owns 64 keys, whose dk and dv are its accumulators. It has scores and
-//   ds transposed, (keys, queries), so that p and ds go from accumulators to A operands without
+//   copy keys and values. Another has TMA copy queries, dout and their rows' statistics. The
+//   others compute: each owns 64 keys, whose dk and dv are its accumulators. It has scores and ds
+//   transposed, (keys, queries), so that p and ds go from accumulators to A operands without
 //   leaving the lane.
+//
 // For dq, ds of all keys comes together in shared memory: the math warpgroups meet once a tile,
 // when it is written, and write the next tile's to another stage. Each adds its share of the
 // tile's dq to sums in global memory, which flash_bwd_dq_sm90 then writes out.

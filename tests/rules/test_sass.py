@@ -60,11 +60,12 @@ def test_faults(sass: ModuleType) -> None:
     assert list(sass.faults(first, None)) == [
         "no budget in .ci/loop_budget.json for its main loop of 3 instructions"
     ]
+    older = ["1 HMMA in its machine code", "1 LDL in its machine code"]
+    assert list(sass.faults(second, None, multiplies=False)) == older
     assert list(sass.faults(second, 100)) == [
+        *older,
         "no HGMMA in its machine code",
         "no UTMALDG in its machine code",
-        "1 HMMA in its machine code",
-        "1 LDL in its machine code",
         "its main loop has 0 instructions, and a budget of 100",
     ]
 
