@@ -11,29 +11,22 @@ namespace fa::device {
 FA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 FA_DEVICE float to_float(__half x) { return __half2float(x); }
 
-// kCols columns of an accumulator, from kFirstCol on, as the A operand of the next product. Two of
-// its 8-column blocks are one depth step, and every element is already in the lane that needs it.
-template <typename Element, int kFirstCol, int kCols, int kRows, int kColsOfTile>
-FA_DEVICE OperandA<Element, kRows, kCols> columns_to_operand(
-    const Accumulator<kRows, kColsOfTile>& r_tile) {
+// An accumulator as the A operand of the next product. Two of its 8-column blocks are one depth
+// step, and every element is already in the lane that needs it.
+template <typename Element, int kRows, int kCols>
+FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kCols>& r_tile) {
   OperandA<Element, kRows, kCols> r_operand;
 #pragma unroll
   for (int a = 0; a < r_tile.kRowBlocks; ++a) {
 #pragma unroll
-    for (int b = 0; b < kCols / kBlockCols; ++b) {
-      const float (&block)[4] = r_tile.r[a][kFirstCol / kBlockCols + b];
+    for (int b = 0; b < r_tile.kColBlocks; ++b) {
+      const float (&block)[4] = r_tile.r[a][b];
       uint32_t (&step)[4] = r_operand.r[a][b / 2];
       step[b % 2 * 2] = ptx::convert_pair<Element>(block[0], block[1]);
       step[b % 2 * 2 + 1] = ptx::convert_pair<Element>(block[2], block[3]);
     }
   }
   return r_operand;
-}
-
-// All of them.
-template <typename Element, int kRows, int kCols>
-FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kCols>& r_tile) {
-  return columns_to_operand<Element, 0, kCols>(r_tile);
 }
 
 // Writes an accumulator as elements into a shared tile, its first element at (row, col): as for
@@ -58,15 +51,12 @@ FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, k
   }
 }
 
-// This lane, and no register for what would follow from it ahead of a loop.
-FA_DEVICE int opaque_lane() { return static_cast<int>(ptx::opaque(ptx::lane_index())); }
-
 // The same by stmatrix, which Hopper has, for a warp's 16 rows of elements.
 template <typename Element, int kElementCols, int kTileRows, int kTileCols>
 FA_DEVICE void store_blocks(const OperandA<Element, kBlockRows, kElementCols>& r_elements,
                             SmemTile<Element, kTileRows, kTileCols>& s_tile, int row, int col) {
-  const auto s_lane = LanePointer<SmemTile<Element, kTileRows, kTileCols>>::down_first(
-      s_tile, row, col, opaque_lane());
+  const auto s_lane =
+      LanePointer<SmemTile<Element, kTileRows, kTileCols>>::down_first(s_tile, row, col);
 #pragma unroll
   for (int step = 0; step < kElementCols; step += kMmaDepth) {
     s_lane.store(r_elements.r[0][step / kMmaDepth], 0, step);
@@ -77,8 +67,8 @@ FA_DEVICE void store_blocks(const OperandA<Element, kBlockRows, kElementCols>& r
 template <typename Element, int kElementCols, int kTileRows, int kTileCols>
 FA_DEVICE void store_transposed(const OperandA<Element, kBlockRows, kElementCols>& r_elements,
                                 SmemTile<Element, kTileRows, kTileCols>& s_tile, int col) {
-  const auto s_lane = LanePointer<SmemTile<Element, kTileRows, kTileCols>>::right_first(
-      s_tile, 0, col, opaque_lane());
+  const auto s_lane =
+      LanePointer<SmemTile<Element, kTileRows, kTileCols>>::right_first(s_tile, 0, col);
 #pragma unroll
   for (int row = 0; row < kElementCols; row += kMmaDepth) {
     s_lane.store_transposed(r_elements.r[0][row / kMmaDepth], row, 0);

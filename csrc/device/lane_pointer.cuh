@@ -15,14 +15,14 @@ template <typename Tile>
 class LanePointer {
  public:
   // The four blocks follow one another first down, then right,
-  static FA_DEVICE LanePointer down_first(const Tile& s_tile, int row, int col,
-                                          int lane = ptx::lane_index()) {
+  static FA_DEVICE LanePointer down_first(const Tile& s_tile, int row, int col) {
+    const int lane = ptx::lane_index();
     return {s_tile, Tile::offset(lane % 16, lane / 16 * 8), row, col};
   }
 
   // or first right, then down.
-  static FA_DEVICE LanePointer right_first(const Tile& s_tile, int row, int col,
-                                           int lane = ptx::lane_index()) {
+  static FA_DEVICE LanePointer right_first(const Tile& s_tile, int row, int col) {
+    const int lane = ptx::lane_index();
     return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8), row, col};
   }
 

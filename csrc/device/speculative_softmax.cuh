@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Softmax over keys that arrive tile by tile, without a maximum to wait for. For each row it keeps
 // a base m near the largest score so far and l = sum of exp(scale * (score - m)). The probabilities
-// of a tile are computed with m as the tiles before have left it; their sum, which is needed
-// anyway, then tells whether m was good enough:
+// of a tile are computed with m as the tiles before have left it, those of the first tile with the
+// largest of some scores; their sum, which is needed anyway, then tells whether m was good enough:
 //   if a thread's part of it is above kSlack, m is raised to the row's largest score, what was
 //   summed before is rescaled, and the tile is computed once more.
-// That is rare after the first tile, so that most tiles need no maximum, no exchange between lanes
+// That is rare, so that most tiles need no maximum, no exchange between lanes
 // and no rescaling. Up to kSlack, p is larger than 1 without harm: it costs no precision in
 // floating point and cancels in the division by l.
 //
@@ -85,8 +85,7 @@ class SpeculativeSoftmax {
 
  private:
   static constexpr float kSlack = 256.0f;
-  static constexpr float kNoBase =
-      -1.0f;  // no sum is below: the first tile that a row sees sets one
+  static constexpr float kNoBase = -1.0f;  // no sum is below: the first that a row sees sets one
 
   // p = exp2(scale * score - base), rounded to pairs of elements, and the sums of this thread's
   // columns.

@@ -52,12 +52,11 @@ FA_DEVICE void issue_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kCols>& s_a
   }
 }
 
-// sum (+)= a b: a in registers (64, depth), with rows b_row .. of s_b and its first columns.
+// sum (+)= a b: a in registers (64, depth), with the first rows and columns of s_b.
 template <typename Sum, typename Element, int kDepth, int kRows, int kCols>
 FA_DEVICE void issue_ab(Sum& r_sum, const OperandA<Element, kBlockRows, kDepth>& r_a,
-                        const SmemTile<Element, kRows, kCols>& s_b, bool accumulate,
-                        int b_row = 0) {
-  const Descriptor b(s_b, b_row);
+                        const SmemTile<Element, kRows, kCols>& s_b, bool accumulate) {
+  const Descriptor b(s_b, 0);
 #pragma unroll
   for (int row = 0; row < kDepth; row += kMmaDepth) {
     ptx::Wgmma<Element, Sum::kCols>::rs(r_sum.r[0], r_a.r[0][row / kMmaDepth], b.at(row, 0),
@@ -65,11 +64,9 @@ FA_DEVICE void issue_ab(Sum& r_sum, const OperandA<Element, kBlockRows, kDepth>&
   }
 }
 
-// sum = a b over kDepth columns of s_a: rows a_row .. of it, with the first rows of s_b, columns
-// b_col
+// sum = a b over kDepth columns of s_a: rows a_row .. of it, with the first rows of s_b, columns b_col
 // .. of it; those of a sum of more than 64 columns are all of s_b's.
-template <int kDepth, typename Sum, typename Element, int kRowsA, int kColsA, int kRowsB,
-          int kColsB>
+template <int kDepth, typename Sum, typename Element, int kRowsA, int kColsA, int kRowsB, int kColsB>
 FA_DEVICE void issue_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kColsA>& s_a, int a_row,
                         const SmemTile<Element, kRowsB, kColsB>& s_b, int b_col) {
   static_assert(Sum::kCols <= 64 || Sum::kCols == kColsB);

@@ -19,9 +19,6 @@
 // it.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
 #include "device/mask.cuh"
 #include "device/work_order.cuh"
 #include "ptx/barrier.cuh"
@@ -32,21 +29,12 @@
 
 namespace fa::sm90 {
 
-// visit(part) for each of kParts parts, a constant.
-template <int kParts, typename Visit>
-FA_DEVICE void for_each_part(Visit&& visit) {
-  [&]<int... kPart>(std::integer_sequence<int, kPart...>) {
-    (visit(std::integral_constant<int, kPart>()), ...);
-  }(std::make_integer_sequence<int, kParts>());
-}
-
-// visit(block, i, value): a value for each of kCols columns of a tile, from kFirstCol on, that this
-// lane holds, from shared memory.
-template <int kFirstCol, int kCols, typename Scores, typename Visit>
+// visit(block, i, value): a value for each column of a tile that this lane holds, from shared
+// memory.
+template <typename Scores, typename Visit>
 FA_DEVICE void for_each_column(const float* s_values, Visit&& visit) {
 #pragma unroll
-  for (int col = kFirstCol; col < kFirstCol + kCols; col += device::kBlockCols) {
-    const int block = col / device::kBlockCols;
+  for (int block = 0; block < Scores::kColBlocks; ++block) {
     const auto pair = *reinterpret_cast<const float2*>(s_values + Scores::col(block, 0));
     visit(block, 0, pair.x);
     visit(block, 1, pair.y);
@@ -76,32 +64,31 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
   constexpr int kMathThreads = Traits::kMathThreads;
   constexpr int kMathBarrier = 1;
 
-  // Looked up again where they are used, rather than kept in registers through the loop.
-  const auto math_thread = [] {
-    return static_cast<int>(ptx::opaque(threadIdx.x)) - device::kWarpgroupThreads;
-  };
-  const auto thread = [&] { return math_thread() % device::kWarpgroupThreads; };
-  const auto warp_row = [&] { return math_thread() / ptx::kWarpSize * device::kBlockRows; };
+  const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
+  const int math_thread = static_cast<int>(threadIdx.x) - device::kWarpgroupThreads;
   const int warpgroup_barrier = 2 + warpgroup;
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
-  const float scale_log2 = static_cast<float>(params.softmax_scale) * kLog2E;
+  const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
+  const float softmax_scale = static_cast<float>(params.softmax_scale);
+  const float scale_log2 = softmax_scale * kLog2E;
   // Rows past the end of a sequence are then what others left there, NaN perhaps, which 0 must not
   // multiply.
-  const auto are_foreign = [](const Sequences& sequences) {
-    return sequences.cu_seqlens != nullptr || sequences.seqused != nullptr;
-  };
+  const bool queries_are_foreign =
+      params.queries.cu_seqlens != nullptr || params.queries.seqused != nullptr;
+  const bool keys_are_foreign = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
 
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> keys_at;
   device::RingPosition<kBwdStages> at;  // of q, dout, statistics and ds
   // dk and dv leave from the shared memory of their keys, and that is free when TMA has read them.
   bool is_leaving = false;
+  device::RingPosition<kBwdStages> keys_left;
   const auto finish_store = [&] {
     if (is_leaving) {
-      if (thread() == 0) {
+      if (thread == 0) {
         ptx::tma_wait_read();
       }
-      keys_at.release_previous(s.keys_ring);
+      keys_left.release(s.keys_ring);
     }
     is_leaving = false;
   };
@@ -112,11 +99,16 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     if (s_work.is_end()) {
       break;
     }
+    const int first_key = ptx::uniform(s_work.first_key);
+    const Range seeing_all = {ptx::uniform(s_work.seeing_all[warpgroup].begin),
+                              ptx::uniform(s_work.seeing_all[warpgroup].end)};
+    const int seqlen_q = ptx::uniform(s_work.queries.length);
+    const int64_t first_query_tile = s_work.first_query_tile;
     auto& s_k = s.keys[keys_at.stage()].k;
     auto& s_v = s.keys[keys_at.stage()].v;
     keys_at.wait(s.keys_ring);
-    if (are_foreign(params.keys) && s_work.first_key + kTileN > s_work.keys.length) {
-      clear_rows<kMathThreads>(s_k, s_work.keys.length - s_work.first_key, math_thread());
+    if (keys_are_foreign && first_key + kTileN > s_work.keys.length) {
+      clear_rows<kMathThreads>(s_k, s_work.keys.length - first_key, math_thread);
       show_rows<kMathThreads>(kMathBarrier);
     }
 
@@ -124,33 +116,26 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     KeyGradient r_dv;
     r_dk.clear();
     r_dv.clear();
-    QueryTiles tiles = s_work.template query_tiles<kTileM>(params);
-    Scores r_p;  // scores of the next tile, then p
-    // The scores of a tile, whose queries are the next stage's. After the last tile they are of
-    // nothing, and nobody needs them.
-    const auto issue_scores = [&] {
-      if (!tiles.done()) {
-        at.wait(s.q_ring);
-        const int rows = s_work.queries.length - tiles.current().tile * kTileM;
-        if (rows < kTileM && are_foreign(params.queries)) {
-          at.wait(s.dout_ring);
-          clear_rows<kMathThreads>(s.q[at.stage()], rows, math_thread());
-          clear_rows<kMathThreads>(s.dout[at.stage()], rows, math_thread());
-          show_rows<kMathThreads>(kMathBarrier);
-        }
-      }
-      ptx::wgmma_fence();
-      device::issue_abt<kHeadDim>(r_p, s_k, warpgroup_row, s.q[at.stage()]);
-      ptx::wgmma_commit();
-    };
-    while (!tiles.done()) {
-      issue_scores();
+    for (QueryTiles tiles = s_work.template query_tiles<kTileM>(params); !tiles.done();
+         tiles.advance()) {
       const QueryTile tile = tiles.current();
       const int first_query = tile.tile * kTileM;
-      const auto& s_q = s.q[at.stage()];
-      const auto& s_dout = s.dout[at.stage()];
+      auto& s_q = s.q[at.stage()];
+      auto& s_dout = s.dout[at.stage()];
       auto& s_ds = s.ds[at.stage()];
       const auto& s_statistics = s.statistics[at.stage()];
+      at.wait(s.q_ring);
+      if (queries_are_foreign && first_query + kTileM > seqlen_q) {
+        at.wait(s.dout_ring);
+        clear_rows<kMathThreads>(s_q, seqlen_q - first_query, math_thread);
+        clear_rows<kMathThreads>(s_dout, seqlen_q - first_query, math_thread);
+        show_rows<kMathThreads>(kMathBarrier);
+      }
+
+      Scores r_p;
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_p, s_k, warpgroup_row, s_q);
+      ptx::wgmma_commit();
       at.wait(s.dout_ring);
       Scores r_ds;  // dp, then ds
       ptx::wgmma_fence();
@@ -159,49 +144,39 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
 
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
-      for_each_column<0, kTileM, Scores>(
-          s_statistics.lse_log2, [&](int block, int i, float lse_log2) {
+      for_each_column<Scores>(s_statistics.lse_log2, [&](int block, int i, float lse_log2) {
 #pragma unroll
-            for (int row = 0; row < 2; ++row) {
-              float& score = r_p.r[0][block][2 * row + i];
-              score = ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
-            }
-          });
-      const bool is_masked =
-          !device::covers(s_work.seeing_all[warpgroup],
-                          {first_query, min(first_query + kTileM, s_work.queries.length)});
-      if (is_masked) {
-        device::keep_seeing_of_warp(r_p, s_work.window, s_work.first_key + warp_row(), first_query,
-                                    0.0f);
-      }
-      device::OperandA<Element, device::kBlockRows, Traits::kPartM> r_p_elements[Traits::kParts];
-      for_each_part<Traits::kParts>([&](auto part) {
-        constexpr int kFirst = decltype(part)::value * Traits::kPartM;
-        auto& r_part = r_p_elements[decltype(part)::value];
-        r_part = device::columns_to_operand<Element, kFirst, Traits::kPartM>(r_p);
-        ptx::wgmma_fence();
-        device::issue_ab(r_dv, r_part, s_dout, true, kFirst);
-        ptx::wgmma_commit();
-        if constexpr (kFirst == 0) {
-          ptx::wgmma_wait<1>();
-          ptx::wgmma_pin(r_ds.r[0]);
+        for (int row = 0; row < 2; ++row) {
+          float& score = r_p.r[0][block][2 * row + i];
+          score = ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
         }
-        for_each_column<kFirst, Traits::kPartM, Scores>(
-            s_statistics.delta, [&](int block, int i, float delta) {
+      });
+      const bool is_masked =
+          !device::covers(seeing_all, {first_query, min(first_query + kTileM, seqlen_q)});
+      if (is_masked) {
+        device::keep_seeing_of_warp(r_p, s_work.window, first_key + warp_row, first_query, 0.0f);
+      }
+      const auto r_p_elements = device::to_operand<Element>(r_p);
+
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_ds.r[0]);
+      for_each_column<Scores>(s_statistics.delta, [&](int block, int i, float delta) {
 #pragma unroll
-              for (int row = 0; row < 2; ++row) {
-                float& ds = r_ds.r[0][block][2 * row + i];
-                ds = r_p.r[0][block][2 * row + i] * (ds - delta);
-              }
-            });
+        for (int row = 0; row < 2; ++row) {
+          float& ds = r_ds.r[0][block][2 * row + i];
+          ds = r_p.r[0][block][2 * row + i] * (ds - delta);
+        }
       });
       if (is_masked) {  // dp of a hidden key may be infinite
-        device::keep_seeing_of_warp(r_ds, s_work.window, s_work.first_key + warp_row(), first_query,
-                                    0.0f);
+        device::keep_seeing_of_warp(r_ds, s_work.window, first_key + warp_row, first_query, 0.0f);
       }
       const auto r_ds_elements = device::to_operand<Element>(r_ds);
-      device::store_transposed(r_ds_elements, s_ds, warp_row());
+      device::store_transposed(r_ds_elements, s_ds, warp_row);
       ptx::fence_async_proxy();
+
+      ptx::wgmma_fence();
+      device::issue_ab(r_dv, r_p_elements, s_dout, true);
+      ptx::wgmma_commit();
       ptx::barrier_sync<kMathThreads>(kMathBarrier);  // ds is written
       typename Traits::Dq r_dq;
       ptx::wgmma_fence();
@@ -216,29 +191,28 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       at.release(s.dout_ring);
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);
-      const int64_t index = params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
+      const int64_t index = params.workspace.index(tile.head, first_query_tile + tile.tile);
       device::InTurn in_turn(
-          params.workspace, index, Adders<Traits>{thread(), warpgroup_barrier}, [&] {
-            const Range queries = {first_query, min(first_query + kTileM, s_work.queries.length)};
-            return s_work.tile.tile - s_work.window.keys_seen_by_any(queries).begin / kTileN;
+          params.workspace, index, Adders<Traits>{thread, warpgroup_barrier}, [&] {
+            const Range queries = {first_query, min(first_query + kTileM, seqlen_q)};
+            return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
           });
       add_dq<Traits>(params.workspace.dq_sum(index), warpgroup, r_dq);
       in_turn.end();
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_dk.r[0]);
       at.release(s.q_ring);
-      tiles.advance();
       at.advance();
       finish_store();
     }
 
     finish_store();
-    r_dk.scale(scale_log2 * kLn2);
-    const ptx::BoxOrigin origin = {0, s_work.keys.begin + s_work.first_key + warpgroup_row,
+    r_dk.scale(softmax_scale);
+    const ptx::BoxOrigin origin = {0, s_work.keys.begin + first_key + warpgroup_row,
                                    s_work.tile.head, s_work.batch_of_keys(params)};
     const auto rows_of = [&](const TensorView& view) {
       return device::global_tile<Element>(view, s_work.keys, s_work.tile.batch,
-                                          s_work.first_key + warp_row(), s_work.tile.head,
+                                          first_key + warp_row, s_work.tile.head,
                                           params.shape.head_dim);
     };
     ptx::barrier_sync<kMathThreads>(kMathBarrier);  // both have read all keys
@@ -247,10 +221,11 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     store_through(device::to_operand<Element>(r_dk), s_k, warpgroup_row, maps.dk, origin,
                   rows_of(params.dk), warpgroup_barrier);
     is_leaving = true;
+    keys_left = keys_at;
     keys_at.advance();
     __syncwarp();  // all lanes have read s_work
   }
-  if (thread() == 0) {
+  if (thread == 0) {
     ptx::tma_wait();
   }
 }

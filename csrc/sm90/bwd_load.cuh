@@ -28,15 +28,15 @@ template <typename Traits>
 FA_DEVICE void load_keys(const BwdParams& params, const BwdTensorMaps& maps,
                          const Schedule& schedule, typename Traits::SharedMemory& s) {
   device::RingPosition<kBwdStages> keys_at;
-  give_out_work<Traits>(params, schedule, s, [&](const auto& s_work) {
+  give_out_work<BwdWork, Traits>(params, schedule, s, [&](const BwdWork& work) {
     keys_at.wait_empty(s.keys_ring);
     if (ptx::lane_index() == 0) {
       uint64_t& s_full = keys_at.expect(s.keys_ring, sizeof(typename Traits::Keys));
       auto& s_keys = s.keys[keys_at.stage()];
-      const int row = s_work.keys.begin + s_work.first_key;
-      const int batch = s_work.batch_of_keys(params);
-      copy_rows(s_keys.k, 0, s_full, maps.k, row, s_work.tile.head, batch);
-      copy_rows(s_keys.v, 0, s_full, maps.v, row, s_work.tile.head, batch);
+      const int row = work.keys.begin + work.first_key;
+      const int batch = work.batch_of_keys(params);
+      copy_rows(s_keys.k, 0, s_full, maps.k, row, work.tile.head, batch);
+      copy_rows(s_keys.v, 0, s_full, maps.v, row, work.tile.head, batch);
     }
     __syncwarp();
     keys_at.advance();
@@ -53,39 +53,42 @@ FA_DEVICE void load_queries(const BwdParams& params, const BwdTensorMaps& maps,
   device::RingPosition<1> may_take_at;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
-    const auto& s_work = s.work[work_at.stage()];
+    const BwdWork& s_work = s.work[work_at.stage()];
     if (s_work.is_end()) {
       break;
     }
-    // The work is released at the end, so that what it says need not be kept in registers.
-    QueryTiles tiles = s_work.template query_tiles<kTileM>(params);
-    const int take_next_at = min(tiles.left(), kQueryTilesToTakeAhead);
-    for (;; tiles.advance(), at.advance()) {
-      if (tiles.left() == take_next_at && ptx::lane_index() == 0) {
+    QueryTiles tiles = s_work.query_tiles<kTileM>(params);
+    const int first_row = ptx::uniform(s_work.queries.begin);
+    const int batch = ptx::uniform(s_work.batch_of_queries(params));
+    const int64_t first_tile = s_work.first_query_tile;
+    __syncwarp();
+    work_at.release(s.work_ring);
+    const int count = tiles.left();
+    const int take_next_at = max(count - kQueryTilesToTakeAhead, 0);
+    for (int i = 0; i <= count; ++i) {
+      if (i == take_next_at && ptx::lane_index() == 0) {
         may_take_at.fill(s.may_take);
       }
-      if (tiles.done()) {
+      if (i == count) {
         break;
       }
-      const auto row = [&] { return s_work.queries.begin + tiles.current().tile * kTileM; };
+      const QueryTile tile = tiles.current();
+      const int row = first_row + tile.tile * kTileM;
       at.wait_empty(s.q_ring);
       if (ptx::lane_index() == 0) {
         auto& s_statistics = s.statistics[at.stage()];
         uint64_t& s_full = at.expect(s.q_ring, sizeof(s.q[0]) + sizeof(s_statistics));
-        const int64_t index = params.workspace.index(
-            tiles.current().head, s_work.first_query_tile + tiles.current().tile);
-        constexpr int kFloats = sizeof(s_statistics) / sizeof(float);  // as lse_log2() has it
-        ptx::bulk_load(&s_statistics, params.workspace.statistics + index * kFloats,
+        copy_rows(s.q[at.stage()], 0, s_full, maps.q, row, tile.head, batch);
+        ptx::bulk_load(&s_statistics,
+                       params.workspace.lse_log2(
+                           params.workspace.index(tile.head, first_tile + tile.tile)),
                        sizeof(s_statistics), s_full);
-        copy_rows(s.q[at.stage()], 0, s_full, maps.q, row(), tiles.current().head,
-                  s_work.batch_of_queries(params));
       }
       __syncwarp();
-      load_rows<kTileM>(s.dout, 0, s.dout_ring, at, maps.dout, row(), tiles.current().head,
-                        s_work.batch_of_queries(params));
+      load_rows<kTileM>(s.dout, 0, s.dout_ring, at, maps.dout, row, tile.head, batch);
+      tiles.advance();
+      at.advance();
     }
-    __syncwarp();
-    work_at.release(s.work_ring);
   }
 }
 

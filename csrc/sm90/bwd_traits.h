@@ -33,12 +33,8 @@ struct BwdTraits {
   static constexpr int kMathThreads = kMathWarpgroups * device::kWarpgroupThreads;
   static_assert(kMathWarpgroups == 2 && kTileN == kMathWarpgroups * device::kWarpgroupRows);
   // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kMathRegisters = 240;
-
-  // Queries of a tile whose p is multiplied at a time, while ds of them is computed.
-  static constexpr int kPartM = 64;
-  static constexpr int kParts = kTileM / kPartM;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kMathRegisters = 232;
 
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;

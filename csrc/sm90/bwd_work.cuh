@@ -9,50 +9,30 @@
 namespace fa::sm90 {
 
 // A tile of keys, and the queries of every head that shares them.
-template <int kWarpgroups>
-struct SharedBwdWork {
+struct BwdWork {
   WorkTile tile;  // of a head of keys
   Sequence queries;
   Sequence keys;
   WindowMask window;
   int first_key;
-  int64_t first_query_tile;       // of the sequence, among the tiles of all
-  Range seeing;                   // queries that see at least one of the keys
-  Range seeing_all[kWarpgroups];  // queries that see every key of a math warpgroup
+  Range seeing;  // queries that see at least one of the keys
+  int64_t first_query_tile;  // of the sequence, among the tiles of all
 
-  // By one warp. What comes later is read back from shared memory, for the warps that load have few
-  // registers.
   template <int kTileM, int kTileN>
-  FA_DEVICE void describe(const BwdParams& params, const Schedule& schedule, uint32_t item) {
-    const bool writes = ptx::lane_index() == 0;
-    if (writes) {
-      tile = schedule.tiles.first_first_of_group(item, schedule.head_group);
-    }
-    __syncwarp();
-    if (writes) {
-      queries = params.queries.at(tile.batch, params.shape.seqlen_q);
-      keys = params.keys.at(tile.batch, params.shape.seqlen_k);
-      first_key = tile.tile * kTileN;
-    }
-    __syncwarp();
-    if (writes) {
-      first_query_tile = params.queries.first_tile(tile.batch, params.shape.seqlen_q, kTileM);
-    }
-    __syncwarp();
-    if (writes) {
-      window = params.window.over(queries.length, keys.length);
-    }
-    __syncwarp();
-    if (writes) {
-      seeing = window.queries_seeing_any({first_key, first_key + kTileN});
-    }
-    __syncwarp();
-    const int warpgroup = ptx::lane_index();
-    if (warpgroup < kWarpgroups) {
-      const int first = first_key + warpgroup * device::kWarpgroupRows;
-      seeing_all[warpgroup] = window.queries_seeing_all({first, first + device::kWarpgroupRows});
-    }
-    __syncwarp();
+  static FA_DEVICE BwdWork of_item(const BwdParams& params, const Schedule& schedule,
+                                   uint32_t index) {
+    const WorkTile tile = schedule.tiles.first_first_of_group(index, schedule.head_group);
+    const Sequence queries = params.queries.at(tile.batch, params.shape.seqlen_q);
+    const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
+    const WindowMask window = params.window.over(queries.length, keys.length);
+    const int first_key = tile.tile * kTileN;
+    return {tile,
+            queries,
+            keys,
+            window,
+            first_key,
+            window.queries_seeing_any({first_key, first_key + kTileN}),
+            params.queries.first_tile(tile.batch, params.shape.seqlen_q, kTileM)};
   }
 
   // Where TMA finds the sequences: packed ones are all in one batch entry.
@@ -66,13 +46,31 @@ struct SharedBwdWork {
   FA_DEVICE bool exists() const { return first_key < keys.length; }
 
   // Stands behind the last item.
-  FA_DEVICE void describe_end() { tile.tile = -1; }
   FA_DEVICE bool is_end() const { return tile.tile < 0; }
 
   template <int kTileM>
   FA_DEVICE QueryTiles query_tiles(const BwdParams& params) const {
     const int heads = params.shape.group_size();
     return {seeing, kTileM, tile.head * heads, heads};
+  }
+};
+
+// The same in shared memory, with the queries that see every key of a math warpgroup.
+template <int kWarpgroups>
+struct SharedBwdWork : BwdWork {
+  Range seeing_all[kWarpgroups];
+
+  // By one warp, of which as many lanes write as there are math warpgroups.
+  FA_DEVICE void write(const BwdParams&, const BwdWork& work) {
+    const int warpgroup = ptx::lane_index();
+    if (warpgroup == 0) {
+      static_cast<BwdWork&>(*this) = work;
+    }
+    if (warpgroup < kWarpgroups) {
+      const int first = work.first_key + warpgroup * device::kWarpgroupRows;
+      seeing_all[warpgroup] =
+          work.window.queries_seeing_all({first, first + device::kWarpgroupRows});
+    }
   }
 };
 

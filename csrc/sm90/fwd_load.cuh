@@ -27,7 +27,7 @@ template <typename Traits>
 FA_DEVICE void load_queries(const FwdParams& params, const FwdTensorMaps& maps,
                             const Schedule& schedule, typename Traits::SharedMemory& s) {
   device::RingPosition<Traits::kQStages> q_at;
-  give_out_work<Traits>(params, schedule, s, [&](const FwdWork& work) {
+  give_out_work<FwdWork, Traits>(params, schedule, s, [&](const FwdWork& work) {
     if (!work.key_tiles.empty()) {
 #pragma unroll 1
       for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {

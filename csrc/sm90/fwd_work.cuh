@@ -42,7 +42,6 @@ struct FwdWork {
   FA_DEVICE bool exists() const { return first_query < queries.length; }
 
   // Stands behind the last item.
-  FA_DEVICE void describe_end() { tile.tile = -1; }
   FA_DEVICE bool is_end() const { return tile.tile < 0; }
 };
 
@@ -53,10 +52,7 @@ struct SharedFwdWork : FwdWork {
   float* lse;  // of the sequence's first query
 
   // By one warp, of which as many lanes write as there are math warpgroups.
-  template <int kTileM, int kTileNOfKernel>
-  FA_DEVICE void describe(const FwdParams& params, const Schedule& schedule, uint32_t item) {
-    static_assert(kTileNOfKernel == kTileN);
-    const FwdWork work = FwdWork::of_item<kTileM, kTileN>(params, schedule, item);
+  FA_DEVICE void write(const FwdParams& params, const FwdWork& work) {
     const int warpgroup = ptx::lane_index();
     if (warpgroup == 0) {
       static_cast<FwdWork&>(*this) = work;
@@ -67,7 +63,6 @@ struct SharedFwdWork : FwdWork {
       const int end = min(first + device::kWarpgroupRows, work.queries.length);
       of_warpgroup[warpgroup] = KeyTiles::of(work.window, {first, end}, kTileN);
     }
-    __syncwarp();
   }
 };
 
