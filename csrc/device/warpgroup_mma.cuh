@@ -64,9 +64,11 @@ FA_DEVICE void issue_ab(Sum& r_sum, const OperandA<Element, kBlockRows, kDepth>&
   }
 }
 
-// sum = a b over kDepth columns of s_a: rows a_row .. of it, with the first rows of s_b, columns b_col
+// sum = a b over kDepth columns of s_a: rows a_row .. of it, with the first rows of s_b, columns
+// b_col
 // .. of it; those of a sum of more than 64 columns are all of s_b's.
-template <int kDepth, typename Sum, typename Element, int kRowsA, int kColsA, int kRowsB, int kColsB>
+template <int kDepth, typename Sum, typename Element, int kRowsA, int kColsA, int kRowsB,
+          int kColsB>
 FA_DEVICE void issue_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kColsA>& s_a, int a_row,
                         const SmemTile<Element, kRowsB, kColsB>& s_b, int b_col) {
   static_assert(Sum::kCols <= 64 || Sum::kCols == kColsB);

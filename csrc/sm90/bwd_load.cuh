@@ -79,10 +79,10 @@ FA_DEVICE void load_queries(const BwdParams& params, const BwdTensorMaps& maps,
         auto& s_statistics = s.statistics[at.stage()];
         uint64_t& s_full = at.expect(s.q_ring, sizeof(s.q[0]) + sizeof(s_statistics));
         copy_rows(s.q[at.stage()], 0, s_full, maps.q, row, tile.head, batch);
-        ptx::bulk_load(&s_statistics,
-                       params.workspace.lse_log2(
-                           params.workspace.index(tile.head, first_tile + tile.tile)),
-                       sizeof(s_statistics), s_full);
+        ptx::bulk_load(
+            &s_statistics,
+            params.workspace.lse_log2(params.workspace.index(tile.head, first_tile + tile.tile)),
+            sizeof(s_statistics), s_full);
       }
       __syncwarp();
       load_rows<kTileM>(s.dout, 0, s.dout_ring, at, maps.dout, row, tile.head, batch);

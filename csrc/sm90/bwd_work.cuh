@@ -15,7 +15,7 @@ struct BwdWork {
   Sequence keys;
   WindowMask window;
   int first_key;
-  Range seeing;  // queries that see at least one of the keys
+  Range seeing;              // queries that see at least one of the keys
   int64_t first_query_tile;  // of the sequence, among the tiles of all
 
   template <int kTileM, int kTileN>
