@@ -330,57 +330,71 @@ void test_neighbours() {
          wrong, kRows);
 }
 
-// --- keep_visible_of_warp ---
+// --- keep_visible_of_warp, keep_seeing_of_warp ---
 
-// Tiles that the blocks of a launch mask, one each: at multiples of `step` keys.
+// Tiles that the blocks of a launch mask, one each: their columns begin at multiples of `step`.
 struct TileGrid {
-  int first_query;
-  int first_key;
-  int key_steps;
+  int first_row;
+  int first_col;
+  int col_steps;
   int step;
 
-  FA_HOST_DEVICE int query_of(int tile) const { return first_query + tile / key_steps * kRows; }
-  FA_HOST_DEVICE int key_of(int tile) const { return first_key + tile % key_steps * step; }
+  FA_HOST_DEVICE int row_of(int tile) const { return first_row + tile / col_steps * kRows; }
+  FA_HOST_DEVICE int col_of(int tile) const { return first_col + tile % col_steps * step; }
 };
 
-template <int kCols>
+template <bool kRowsAreKeys, int kCols>
 __global__ void mask_kernel(WindowMask window, TileGrid grid, float* g_out) {
   const auto tile = static_cast<int>(blockIdx.x);
   device::Accumulator<kRows, kCols> r_scores;
   r_scores.transform([](float, int, int, int) { return 1.0f; });
-  device::keep_visible_of_warp(r_scores, window, grid.query_of(tile), grid.key_of(tile), kHidden);
+  if constexpr (kRowsAreKeys) {
+    device::keep_seeing_of_warp(r_scores, window, grid.row_of(tile), grid.col_of(tile), kHidden);
+  } else {
+    device::keep_visible_of_warp(r_scores, window, grid.row_of(tile), grid.col_of(tile), kHidden);
+  }
   dump(r_scores, g_out, kCols, tile * kRows, 0);
 }
 
 // What queries past the end see does not matter, but keys past the end are seen by none.
-template <int kCols>
+template <bool kRowsAreKeys, int kCols>
 void test_mask_of(const WindowMask& window, const TileGrid& grid, int tiles) {
   Managed<float> out(size_t{kRows * kCols} * tiles, kUntouched);
-  run<mask_kernel<kCols>>(tiles, ptx::kWarpSize, 0, window, grid, out.data);
+  run<mask_kernel<kRowsAreKeys, kCols>>(tiles, ptx::kWarpSize, 0, window, grid, out.data);
+  struct Pair {
+    int query, key;
+  };
+  const auto at = [&](int r, int c) {
+    const int row = grid.row_of(r / kRows) + r % kRows;
+    const int col = grid.col_of(r / kRows) + c;
+    return kRowsAreKeys ? Pair{col, row} : Pair{row, col};
+  };
   expect(
-      concat("keep_visible_of_warp, ", kCols, " columns, ", window.seqlen_q(), " queries from ",
-             grid.first_query, ", ", window.seqlen_k(), " keys from ", grid.first_key, ", ",
-             window.lowest(), " to ", window.highest()),
+      concat(kRowsAreKeys ? "keep_seeing_of_warp, " : "keep_visible_of_warp, ", kCols,
+             " columns from ", grid.first_col, ", rows from ", grid.first_row, ", ",
+             window.seqlen_q(), " queries, ", window.seqlen_k(), " keys, ", window.lowest(), " to ",
+             window.highest()),
       tiles * kRows, kCols, 0,
+      [&](int r, int c) { return at(r, c).query < window.seqlen_q() ? out[r * kCols + c] : 0.0f; },
       [&](int r, int c) {
-        const bool counts = grid.query_of(r / kRows) + r % kRows < window.seqlen_q();
-        return counts ? out[r * kCols + c] : 0.0f;
-      },
-      [&](int r, int c) {
-        const int query = grid.query_of(r / kRows) + r % kRows;
-        return query >= window.seqlen_q()                         ? 0.0f
-               : window.allows(query, grid.key_of(r / kRows) + c) ? 1.0f
-                                                                  : kHidden;
+        const auto [query, key] = at(r, c);
+        return query >= window.seqlen_q() ? 0.0f : window.allows(query, key) ? 1.0f : kHidden;
       });
 }
 
-void test_mask(const WindowMask& window, const TileGrid& grid, int query_tiles) {
-  const int tiles = query_tiles * grid.key_steps;
-  test_mask_of<48>(window, grid, tiles);
-  test_mask_of<64>(window, grid, tiles);
-  test_mask_of<80>(window, grid, tiles);
-  test_mask_of<112>(window, grid, tiles);
-  test_mask_of<128>(window, grid, tiles);
+void test_mask(const WindowMask& window, const TileGrid& grid, int row_tiles) {
+  const int tiles = row_tiles * grid.col_steps;
+  test_mask_of<false, 48>(window, grid, tiles);
+  test_mask_of<false, 64>(window, grid, tiles);
+  test_mask_of<false, 80>(window, grid, tiles);
+  test_mask_of<false, 112>(window, grid, tiles);
+  test_mask_of<false, 128>(window, grid, tiles);
+}
+
+void test_mask_of_keys(const WindowMask& window, const TileGrid& grid, int row_tiles) {
+  const int tiles = row_tiles * grid.col_steps;
+  test_mask_of<true, 64>(window, grid, tiles);
+  test_mask_of<true, 128>(window, grid, tiles);
 }
 
 void test_masks() {
@@ -394,14 +408,15 @@ void test_masks() {
   for (const auto [q, k] : {Lengths{150, 260}, {260, 150}, {200, 200}, {1, 77}, {90, 3}}) {
     for (const auto [left, right] : kWindows) {
       // Steps that the widths have nothing in common with: tiles begin everywhere.
-      const TileGrid grid = {0, 0, ceil_div(k, 13), 13};
-      test_mask({q, k, left, right}, grid, ceil_div(q, kRows));
+      test_mask({q, k, left, right}, {0, 0, ceil_div(k, 13), 13}, ceil_div(q, kRows));
+      test_mask_of_keys({q, k, left, right}, {0, 0, ceil_div(q, 13), 13}, ceil_div(k, kRows));
     }
   }
   // The longest sequences, and in them the ends of both.
   for (const auto [left, right] : kWindows) {
     const TileGrid grid = {kMaxSeqlen - 3 * kRows, kMaxSeqlen - 160, 12, 13};
     test_mask({kMaxSeqlen, kMaxSeqlen, left, right}, grid, 3);
+    test_mask_of_keys({kMaxSeqlen, kMaxSeqlen, left, right}, grid, 3);
   }
 }
 
