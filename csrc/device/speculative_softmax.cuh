@@ -5,9 +5,9 @@
 // largest of some scores; their sum, which is needed anyway, then tells whether m was good enough:
 //   if a thread's part of it is above kSlack, m is raised to the row's largest score, what was
 //   summed before is rescaled, and the tile is computed once more.
-// That is rare, so that most tiles need no maximum, no exchange between lanes
-// and no rescaling. Up to kSlack, p is larger than 1 without harm: it costs no precision in
-// floating point and cancels in the division by l.
+// That is rare, so that most tiles need no maximum, no exchange between lanes and no rescaling. Up
+// to kSlack, p is larger than 1 without harm: it costs no precision in floating point and cancels
+// in the division by l.
 //
 // A masked score is -inf. A row that has seen only masked scores has no base; its first visible
 // score gives it one, however small.

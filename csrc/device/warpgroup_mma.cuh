@@ -64,9 +64,8 @@ FA_DEVICE void issue_ab(Sum& r_sum, const OperandA<Element, kBlockRows, kDepth>&
   }
 }
 
-// sum = a b over kDepth columns of s_a: rows a_row .. of it, with the first rows of s_b, columns
-// b_col
-// .. of it; those of a sum of more than 64 columns are all of s_b's.
+// sum = a b over kDepth columns of s_a: rows of it from a_row on, with the first rows of s_b and
+// its columns from b_col on. A sum of more than 64 columns has all columns of s_b.
 template <int kDepth, typename Sum, typename Element, int kRowsA, int kColsA, int kRowsB,
           int kColsB>
 FA_DEVICE void issue_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kColsA>& s_a, int a_row,

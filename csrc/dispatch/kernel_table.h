@@ -41,11 +41,10 @@ struct KernelConfig {
   constexpr int q_stages() const { return sm90_smem_bytes(2, 2) <= kSm90Room ? 2 : 1; }
   constexpr int kv_stages() const { return sm90_smem_bytes(2, 4) <= kSm90Room ? 4 : 2; }
 
-  // Dynamic shared memory of a thread block. On Hopper as above. Else forward: tiles of q, and two
-  // each of k and v, and
-  // where warps share scores, p and two values for each row on their way. Backward: k and v, two
-  // each of q, dout and the rows' statistics (float lse and delta), and p and ds on their way from
-  // warp to warp.
+  // Dynamic shared memory of a thread block. Forward, on Hopper as above, and else: tiles of q, two
+  // each of k and v, and where warps share scores, p and two values for each row on their way.
+  // Backward: k and v, two each of q, dout and the rows' statistics (float lse and delta), and p
+  // and ds on their way from warp to warp.
   constexpr int64_t smem_bytes() const {
     if (family == Family::kCpu) {
       return 0;

@@ -83,9 +83,9 @@ FA_DEVICE void shrink_registers() {
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 
-// ss: a from shared memory, K-major; b from shared memory, (kCols, 16), K-major, or else (16,
-// kCols), MN-major. rs: a from registers; b from shared memory, (16, kCols), MN-major: its columns
-// contiguous. Without `accumulate` the result starts from zero.
+// ss takes a from shared memory, K-major, and b from shared memory: (kCols, 16), K-major, or else
+// (16, kCols), MN-major, which is with its columns contiguous. rs takes a from registers, and b
+// from shared memory, MN-major. Without `accumulate` the result starts from zero.
 template <typename Element, int kCols>
 struct Wgmma;
 
