@@ -26,12 +26,13 @@ struct Ring {
 template <int kStages>
 class RingPosition {
  public:
-  FA_DEVICE int stage() const { return static_cast<int>(passed_ % kStages); }
+  FA_DEVICE int stage() const { return stage(passed_); }
+  FA_DEVICE int previous_stage() const { return stage(passed_ - 1); }
   FA_DEVICE void advance() { ++passed_; }
 
   // Producer: until the stage is free, which it is in the first round.
   FA_DEVICE void wait_empty(Ring<kStages>& s_ring) const {
-    ptx::mbarrier_wait(s_ring.empty[stage()], parity() ^ 1);
+    ptx::mbarrier_wait(s_ring.empty[stage()], parity(passed_) ^ 1);
   }
 
   // Producer, by one thread: the barrier to copy so many bytes to.
@@ -43,17 +44,18 @@ class RingPosition {
   // Producer, by each thread that has written to the stage.
   FA_DEVICE void fill(Ring<kStages>& s_ring) const { ptx::mbarrier_arrive(s_ring.full[stage()]); }
 
-  // Consumer: until the tile has arrived.
-  FA_DEVICE void wait(Ring<kStages>& s_ring) const {
-    ptx::mbarrier_wait(s_ring.full[stage()], parity());
-  }
+  // Consumer: until the tile has arrived, or the one before it, or the next one. Nobody waits for a
+  // tile before the first.
+  FA_DEVICE void wait(Ring<kStages>& s_ring) const { wait(s_ring, passed_); }
+  FA_DEVICE void wait_previous(Ring<kStages>& s_ring) const { wait(s_ring, passed_ - 1); }
+  FA_DEVICE void wait_next(Ring<kStages>& s_ring) const { wait(s_ring, passed_ + 1); }
 
   // Consumer: the same for tiles of two rings.
   template <int kOtherStages>
   FA_DEVICE void wait_both(Ring<kStages>& s_ring, const RingPosition<kOtherStages>& other,
                            Ring<kOtherStages>& s_other) const {
-    ptx::mbarrier_wait_both(s_ring.full[stage()], parity(), s_other.full[other.stage()],
-                            other.parity());
+    ptx::mbarrier_wait_both(s_ring.full[stage()], parity(passed_), s_other.full[other.stage()],
+                            other.parity(other.passed_));
   }
 
   // Consumer, by all lanes of each warp: this stage, or the one before it.
@@ -64,12 +66,16 @@ class RingPosition {
   template <int>
   friend class RingPosition;
 
+  FA_DEVICE static void wait(Ring<kStages>& s_ring, uint32_t passed) {
+    ptx::mbarrier_wait(s_ring.full[stage(passed)], parity(passed));
+  }
   FA_DEVICE static void release(Ring<kStages>& s_ring, uint32_t passed) {
     if (ptx::lane_index() == 0) {
-      ptx::mbarrier_arrive(s_ring.empty[passed % kStages]);
+      ptx::mbarrier_arrive(s_ring.empty[stage(passed)]);
     }
   }
-  FA_DEVICE uint32_t parity() const { return passed_ / kStages % 2; }
+  FA_DEVICE static int stage(uint32_t passed) { return static_cast<int>(passed % kStages); }
+  FA_DEVICE static uint32_t parity(uint32_t passed) { return passed / kStages % 2; }
 
   uint32_t passed_ = 0;  // stages; wraps around where the number of stages is a power of two
   static_assert((kStages & (kStages - 1)) == 0);

@@ -10,9 +10,10 @@
 //   transposed, (keys, queries), so that p and ds go from accumulators to A operands without
 //   leaving the lane.
 //
-// For dq, ds of all keys comes together in shared memory: the math warpgroups meet once a tile,
-// when it is written, and write the next tile's to another stage. Each adds its share of the
-// tile's dq to sums in global memory, which flash_bwd_dq_sm90 then writes out.
+// For dq, ds of all keys comes together in shared memory, in a ring that both math warpgroups fill.
+// Each takes its share of a tile's dq from there a tile late, when the other has long written its
+// part: so neither waits for the other, and the products of one run under the exponentials of the
+// other. It adds that share to sums in global memory, which flash_bwd_dq_sm90 then writes out.
 //
 // Deterministic: blocks take their work in the order in which they begin, which is by tiles of
 // keys, and add to a tile of dq in that order. A block so waits only for blocks that began before
@@ -29,17 +30,20 @@
 
 namespace fa::sm90 {
 
-// visit(block, i, value): a value for each column of a tile that this lane holds, from shared
-// memory.
-template <typename Scores, typename Visit>
-FA_DEVICE void for_each_column(const float* s_values, Visit&& visit) {
+// What a row of queries has in shared memory, of the columns of transposed scores that this lane
+// holds.
+template <typename Scores>
+struct ColumnValues {
+  float2 r[Scores::kColBlocks];
+
+  FA_DEVICE void load(const float* s_values) {
 #pragma unroll
-  for (int block = 0; block < Scores::kColBlocks; ++block) {
-    const auto pair = *reinterpret_cast<const float2*>(s_values + Scores::col(block, 0));
-    visit(block, 0, pair.x);
-    visit(block, 1, pair.y);
+    for (int block = 0; block < Scores::kColBlocks; ++block) {
+      r[block] = *reinterpret_cast<const float2*>(s_values + Scores::col(block, 0));
+    }
   }
-}
+  FA_DEVICE float of(int block, int i) const { return i % 2 == 0 ? r[block].x : r[block].y; }
+};
 
 // A warpgroup as the threads that add its share of a tile of dq.
 template <typename Traits>
@@ -58,6 +62,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
   using Element = typename Traits::Element;
   using Scores = typename Traits::Scores;
   using KeyGradient = typename Traits::KeyGradient;
+  using Dq = typename Traits::Dq;
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
   constexpr int kHeadDim = Traits::kHeadDim;
@@ -65,21 +70,14 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
   constexpr int kMathBarrier = 1;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
-  const int math_thread = static_cast<int>(threadIdx.x) - device::kWarpgroupThreads;
   const int warpgroup_barrier = 2 + warpgroup;
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = softmax_scale * kLog2E;
-  // Rows past the end of a sequence are then what others left there, NaN perhaps, which 0 must not
-  // multiply.
-  const bool queries_are_foreign =
-      params.queries.cu_seqlens != nullptr || params.queries.seqused != nullptr;
-  const bool keys_are_foreign = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
-
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> keys_at;
-  device::RingPosition<kBwdStages> at;  // of q, dout, statistics and ds
+  device::RingPosition<kBwdStages> at;  // of q and statistics, of dout, and of ds
   // dk and dv leave from the shared memory of their keys, and that is free when TMA has read them.
   bool is_leaving = false;
   device::RingPosition<kBwdStages> keys_left;
@@ -107,30 +105,44 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     auto& s_k = s.keys[keys_at.stage()].k;
     auto& s_v = s.keys[keys_at.stage()].v;
     keys_at.wait(s.keys_ring);
-    if (keys_are_foreign && first_key + kTileN > s_work.keys.length) {
-      clear_rows<kMathThreads>(s_k, s_work.keys.length - first_key, math_thread);
-      show_rows<kMathThreads>(kMathBarrier);
-    }
 
     KeyGradient r_dk;  // without softmax_scale
     KeyGradient r_dv;
     r_dk.clear();
     r_dv.clear();
-    for (QueryTiles tiles = s_work.template query_tiles<kTileM>(params); !tiles.done();
-         tiles.advance()) {
+    QueryTiles tiles = s_work.template query_tiles<kTileM>(params);
+    QueryTile late = tiles.current();  // the tile before, of which dq is still to be added
+    bool is_late = false;              // unless there is none
+    const auto issue_dq = [&](Dq& r_dq) {
+      at.wait_previous(s.ds_ring);
+      ptx::wgmma_fence();
+      device::issue_ab<kTileN>(r_dq, s.ds[at.previous_stage()], Traits::dq_row(warpgroup), s_k,
+                               Traits::dq_col(warpgroup));
+      ptx::wgmma_commit();
+    };
+    const auto finish_dq = [&](Dq& r_dq) {
+      at.release_previous(s.ds_ring);
+      const int64_t index = params.workspace.index(late.head, first_query_tile + late.tile);
+      device::InTurn in_turn(
+          params.workspace, index, Adders<Traits>{thread, warpgroup_barrier}, [&] {
+            const int first = late.tile * kTileM;
+            const Range queries = {first, min(first + kTileM, seqlen_q)};
+            return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
+          });
+      add_dq<Traits>(params.workspace.dq_sum(index), warpgroup, r_dq);
+      in_turn.end();
+    };
+
+    if (!tiles.done()) {
+      at.wait(s.q_ring);
+    }
+    while (!tiles.done()) {
       const QueryTile tile = tiles.current();
       const int first_query = tile.tile * kTileM;
       auto& s_q = s.q[at.stage()];
       auto& s_dout = s.dout[at.stage()];
-      auto& s_ds = s.ds[at.stage()];
       const auto& s_statistics = s.statistics[at.stage()];
-      at.wait(s.q_ring);
-      if (queries_are_foreign && first_query + kTileM > seqlen_q) {
-        at.wait(s.dout_ring);
-        clear_rows<kMathThreads>(s_q, seqlen_q - first_query, math_thread);
-        clear_rows<kMathThreads>(s_dout, seqlen_q - first_query, math_thread);
-        show_rows<kMathThreads>(kMathBarrier);
-      }
+      tiles.advance();
 
       Scores r_p;
       ptx::wgmma_fence();
@@ -142,14 +154,17 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       device::issue_abt<kHeadDim>(r_ds, s_v, warpgroup_row, s_dout);
       ptx::wgmma_commit();
 
+      ColumnValues<Scores> lse_log2;
+      if (Traits::kLoadsLseAhead) {
+        lse_log2.load(s_statistics.lse_log2);
+      }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
-      for_each_column<Scores>(s_statistics.lse_log2, [&](int block, int i, float lse_log2) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          float& score = r_p.r[0][block][2 * row + i];
-          score = ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
-        }
+      if (!Traits::kLoadsLseAhead) {
+        lse_log2.load(s_statistics.lse_log2);
+      }
+      r_p.transform([&](float score, int, int block, int i) {
+        return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2.of(block, i)));
       });
       const bool is_masked =
           !device::covers(seeing_all, {first_query, min(first_query + kTileM, seqlen_q)});
@@ -158,47 +173,48 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       }
       const auto r_p_elements = device::to_operand<Element>(r_p);
 
+      ColumnValues<Scores> delta;
+      delta.load(s_statistics.delta);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_ds.r[0]);
-      for_each_column<Scores>(s_statistics.delta, [&](int block, int i, float delta) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          float& ds = r_ds.r[0][block][2 * row + i];
-          ds = r_p.r[0][block][2 * row + i] * (ds - delta);
-        }
+      r_ds.transform([&](float dp, int, int block, int i) {
+        return r_p.r[0][block][i] * (dp - delta.of(block, i));
       });
       if (is_masked) {  // dp of a hidden key may be infinite
         device::keep_seeing_of_warp(r_ds, s_work.window, first_key + warp_row, first_query, 0.0f);
       }
       const auto r_ds_elements = device::to_operand<Element>(r_ds);
-      device::store_transposed(r_ds_elements, s_ds, warp_row);
+      at.wait_empty(s.ds_ring);
+      device::store_transposed(r_ds_elements, s.ds[at.stage()], warp_row);
       ptx::fence_async_proxy();
+      __syncwarp();
+      if (ptx::lane_index() == 0) {
+        at.fill(s.ds_ring);
+      }
 
       ptx::wgmma_fence();
       device::issue_ab(r_dv, r_p_elements, s_dout, true);
       ptx::wgmma_commit();
-      ptx::barrier_sync<kMathThreads>(kMathBarrier);  // ds is written
-      typename Traits::Dq r_dq;
+      Dq r_dq;
+      issue_dq(r_dq);  // of the first tile a product of what lies there, which nobody takes
       ptx::wgmma_fence();
-      device::issue_ab<kTileN>(r_dq, s_ds, Traits::dq_row(warpgroup), s_k,
-                               Traits::dq_col(warpgroup));
-      ptx::wgmma_commit();
       device::issue_ab(r_dk, r_ds_elements, s_q, true);
       ptx::wgmma_commit();
 
       ptx::wgmma_wait<2>();
       ptx::wgmma_pin(r_dv.r[0]);
       at.release(s.dout_ring);
+      // Ahead of the additions, for they hold up what waits after them.
+      if (!tiles.done()) {
+        at.wait_next(s.q_ring);
+      }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);
-      const int64_t index = params.workspace.index(tile.head, first_query_tile + tile.tile);
-      device::InTurn in_turn(
-          params.workspace, index, Adders<Traits>{thread, warpgroup_barrier}, [&] {
-            const Range queries = {first_query, min(first_query + kTileM, seqlen_q)};
-            return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
-          });
-      add_dq<Traits>(params.workspace.dq_sum(index), warpgroup, r_dq);
-      in_turn.end();
+      if (is_late) {
+        finish_dq(r_dq);
+      }
+      is_late = true;
+      late = tile;
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_dk.r[0]);
       at.release(s.q_ring);
@@ -207,7 +223,6 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     }
 
     finish_store();
-    r_dk.scale(softmax_scale);
     const ptx::BoxOrigin origin = {0, s_work.keys.begin + first_key + warpgroup_row,
                                    s_work.tile.head, s_work.batch_of_keys(params)};
     const auto rows_of = [&](const TensorView& view) {
@@ -215,9 +230,18 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
                                           first_key + warp_row, s_work.tile.head,
                                           params.shape.head_dim);
     };
-    ptx::barrier_sync<kMathThreads>(kMathBarrier);  // both have read all keys
+    // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
                   rows_of(params.dv), warpgroup_barrier);
+    if (is_late) {
+      Dq r_dq;
+      issue_dq(r_dq);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_dq.r[0]);
+      finish_dq(r_dq);
+    }
+    r_dk.scale(softmax_scale);
+    ptx::barrier_sync<kMathThreads>(kMathBarrier);  // both have read all keys
     store_through(device::to_operand<Element>(r_dk), s_k, warpgroup_row, maps.dk, origin,
                   rows_of(params.dk), warpgroup_barrier);
     is_leaving = true;
@@ -245,6 +269,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.keys_ring.init(Traits::kMathWarps);
     s.q_ring.init(Traits::kMathWarps);
     s.dout_ring.init(Traits::kMathWarps);
+    s.ds_ring.init(Traits::kMathWarps, Traits::kMathWarps);
+    for (auto& s_landing : s.landings) {
+      s_landing.init(1);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

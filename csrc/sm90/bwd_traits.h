@@ -45,6 +45,8 @@ struct BwdTraits {
   // Of a warpgroup, (keys, queries) and (keys, columns).
   using Scores = device::Accumulator<device::kBlockRows, kTileM>;
   using KeyGradient = device::Accumulator<device::kBlockRows, kHeadDim>;
+  // Under the product of the scores, if registers are left.
+  static constexpr bool kLoadsLseAhead = kTileM == device::kWarpgroupRows;
 
   // A warpgroup's share of a tile of dq: half of its rows where it has 128, else of its columns.
   static constexpr int kDqCols = 64;
@@ -80,6 +82,8 @@ struct BwdTraits {
     device::Ring<kBwdStages> keys_ring;
     device::Ring<kBwdStages> q_ring;  // and statistics
     device::Ring<kBwdStages> dout_ring;
+    device::Ring<kBwdStages> ds_ring;
+    device::Ring<1> landings[2];  // of the two warps that load
     SharedBwdWork<kMathWarpgroups> work[kWorkStages];
   };
   static_assert(sizeof(Keys) % 1024 == 0 && sizeof(Rows<kTileM>) % 1024 == 0);

@@ -33,4 +33,33 @@ FA_DEVICE void load_rows(Tile (&s_tiles)[kRingStages], int first, device::Ring<k
   __syncwarp();
 }
 
+// Where a warp waits for what it has copied itself.
+struct Landing {
+  device::Ring<1>& s_ring;
+  device::RingPosition<1> at = {};
+};
+
+// By one warp: brings so many bytes to a stage of a ring, when that is free. copy(s_barrier), by
+// one lane, starts copies. Where `is_cut`, the stage is full only when clear(lane) has changed what
+// came.
+template <typename Ring, typename Position, typename Copy, typename Clear>
+FA_DEVICE void fill_stage(Ring& s_ring, const Position& at, int bytes, bool is_cut,
+                          Landing& landing, Copy&& copy, Clear&& clear) {
+  at.wait_empty(s_ring);
+  if (ptx::lane_index() == 0) {
+    copy(is_cut ? landing.at.expect(landing.s_ring, bytes) : at.expect(s_ring, bytes));
+  }
+  __syncwarp();
+  if (is_cut) {
+    landing.at.wait(landing.s_ring);
+    landing.at.advance();
+    clear(ptx::lane_index());
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (ptx::lane_index() == 0) {
+      at.fill(s_ring);
+    }
+  }
+}
+
 }  // namespace fa::sm90
