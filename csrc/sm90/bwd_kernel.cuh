@@ -197,7 +197,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
             const Range queries = {first_query, min(first_query + kTileM, seqlen_q)};
             return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
           });
-      add_dq<Traits>(params.workspace.dq_sum(index), warpgroup, r_dq);
+      add_dq<Traits>(dq_lane<Traits>(params.workspace.dq_sum(index), warpgroup), warpgroup, r_dq);
       in_turn.end();
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_dk.r[0]);

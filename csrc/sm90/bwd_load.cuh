@@ -44,8 +44,8 @@ FA_DEVICE void load_keys(const BwdParams& params, const BwdTensorMaps& maps,
 }
 
 // Loads the queries that see the keys, dout and the rows' statistics, by one warp.
-template <typename Traits>
-FA_DEVICE void load_queries(const BwdParams& params, const BwdTensorMaps& maps,
+template <typename Traits, typename Maps>
+FA_DEVICE void load_queries(const BwdParams& params, const Maps& maps,
                             typename Traits::SharedMemory& s) {
   constexpr int kTileM = Traits::kTileM;
   device::RingPosition<kWorkStages> work_at;
