@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Backward on Hopper where head_dim is large: the same gradients from the same work as in
-// bwd_kernel.cuh, by warpgroups that each do something else. A block has 64 keys at a time, and in
-// it
-//   warpgroup 0 loads, as in bwd_kernel.cuh;
-//   warpgroup 1 has the scores, (queries, keys), and turns them into p and ds. Both go to the
-//     others through shared memory, transposed; ds stays in its registers too, as the A operand of
-//     dq = ds k, which it adds to the sums in global memory;
-//   warpgroup 2 sums dv = p^T dout, and
-//   warpgroup 3 dk = ds^T q, each with A from shared memory.
-// So the exponentials of one tile run under the products of another, and nobody waits for all.
+// bwd_kernel.cuh, by warpgroups that each do something else. A block has 64 keys at a time:
+//   warpgroup 0 loads, as in bwd_kernel.cuh. Warpgroup 1 has the scores, (queries, keys), and makes
+//   p and ds of them, which go to the others through shared memory, transposed. It computes dq of
+//   a tile and adds it to the sums in global memory. Warpgroup 2 sums dv = p^T dout and warpgroup
+//   3 sums dk = ds^T q, with all columns as their accumulators.
+// So the exponentials of a tile run under the products of the tile before, and nobody meets.
 //
-// What passes through which ring, from whom and to whom:
-//   work          warp 0 of 0   all others: what the block works on
-//   k, v          warp 0 of 0   1: of one item, each free for the next after its own last product
-//   q             warp 1 of 0   1 and 3; with the rows' statistics, which are for 1
-//   dout          warp 1 of 0   1 and 2
-//   p             1             2
-//   ds            1             3
-// The last four advance together, a stage for each tile of queries. Warpgroup 1 clears the rows
-// that belong to nobody before it fills p and ds, and the others wait for those first: they see
-// cleared rows.
+// The rings, with who fills them and for whom:
+//   work          warp 0        all others
+//   k, v          warp 0        warpgroup 1, each free again after its own last product of an item
+//   q             warp 1        warpgroups 1 and 3, and the rows' statistics for 1
+//   dout          warp 1        warpgroups 1 and 2
+//   p             warpgroup 1   warpgroup 2
+//   ds            warpgroup 1   warpgroup 3, and 1 itself, which meets for that
+// The last four have a stage for each tile of queries and advance together. Warpgroup 1 clears rows
+// that no sequence has before it fills p and ds, for which the others wait before they read q and
+// dout.
+//
+// Additions to global memory leave at half the rate of the products that they come from, and hold
+// their registers until they have left. So dq is computed in two shares of columns. The first is in
+// the registers of scores and dp, and is added as soon as it is there. The last has registers of
+// its own, and is added while the next tile's scores are computed.
 //
 // Deterministic: as in bwd_kernel.cuh.
 #pragma once
@@ -94,7 +96,7 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
     const auto index_of = [&](const QueryTile& tile) {
       return params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
     };
-    // The tile of dq before the current one, and how many tiles on that is.
+    // This lane's place in the tile of dq before the current one, and how many tiles on that is.
     float* g_dq = dq_lane<Traits>(params.workspace.dq_sum(index_of(tiles.current())), 0);
     int step = 0;
 
@@ -203,7 +205,7 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
         const Range queries = {first_query, min(first_query + kTileM, s_work.queries.length)};
         return s_work.first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
       });
-      // Not before: additions read the pointer when their turn comes, and it must stay till then.
+      // Not before: additions read it as they leave, and those of the tile before now have.
       g_dq += int64_t{step} * (kTileM * kHeadDim);
       add_dq<Traits>(g_dq, 0, r_dq);
       tiles.advance();
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout}) {
       ptx::prefetch_tensor_map(map);
     }
-    constexpr int kOne = Traits::kWarpgroupWarps;                       // warpgroup's warps
+    constexpr int kOne = Traits::kWarpgroupWarps;                       // the warps of one
     s.work_ring.init(Traits::kMathWarps + 1, Traits::kMathWarpgroups);  // 1: to load queries
     s.may_take.init(1);
     s.k_ring.init(kOne);

@@ -308,6 +308,7 @@ __global__ void ab_in_parts_kernel(const Element* g_a, const Element* g_b, float
   __syncthreads();
   device::Accumulator<device::kBlockRows, kCols> r_sum;
   r_sum.clear();
+#pragma unroll 1
   for (int time = 0; time < 2; ++time) {
     ptx::wgmma_fence();
     device::issue_ab<kDepth, kColsAtOnce>(r_sum, s.a, 0, s.b, 0, true);
