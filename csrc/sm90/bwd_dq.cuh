@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Traits::kDqThreads)
     flash_bwd_dq_sm90(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Element = typename Traits::Element;
-  auto& s_dq = device::shared_memory<typename Traits::template Rows<Traits::kTileM>>();
+  auto& s_dq = device::shared_memory<typename Traits::DqTile>();
   const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
   const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
   const int first_query = tile.tile * Traits::kTileM;

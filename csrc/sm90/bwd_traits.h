@@ -57,6 +57,7 @@ struct BwdTraits {
   static constexpr int kDqCols = 64;
   static constexpr int kDqThreads = kMathThreads;  // to write it out
   using Dq = device::Accumulator<device::kBlockRows, kDqCols>;
+  using DqTile = Rows<kTileM>;  // of all shares
   static constexpr bool kSharesRowsOfDq = kTileM == 2 * device::kWarpgroupRows;
   static_assert(kSharesRowsOfDq ? kHeadDim == kDqCols
                                 : kTileM == device::kWarpgroupRows && kHeadDim > kDqCols &&

@@ -42,6 +42,7 @@ struct WideBwdTraits {
   static constexpr int kDqCols = 128;
   static constexpr int kDqThreads = 2 * device::kWarpgroupThreads;  // to write it out
   using Dq = device::Accumulator<device::kBlockRows, kDqCols>;
+  using DqTile = device::SmemTile<Element, kTileM, 2 * kDqCols>;
   using LastDq = device::Accumulator<device::kBlockRows, kHeadDim - kDqCols>;
   static_assert(kDqCols < kHeadDim && kHeadDim <= 2 * kDqCols);
   static FA_DEVICE int dq_row(int) { return 0; }

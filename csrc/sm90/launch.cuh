@@ -91,7 +91,7 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
 }
 
 template <typename Traits>
-constexpr int64_t kDqSmemBytes = sizeof(typename Traits::template Rows<Traits::kTileM>);
+constexpr int64_t kDqSmemBytes = sizeof(typename Traits::DqTile);
 
 // The main kernel of the narrow rows and that of the wide ones.
 template <int kRow>
