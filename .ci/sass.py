@@ -4,9 +4,9 @@
 A kernel moves tiles by TMA and multiplies by wgmma, so UTMALDG and HGMMA occur in it, and neither
 HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory; small
 kernels around the main ones may have none of these three either. Its main loop is the shortest that
-holds HGMMA: the one without masks. How many instructions it has, those included that rarely run
+holds both HGMMA and exponentials (MUFU): the one without masks. How many instructions it has, those included that rarely run
 because the softmax must raise its base, a budget keeps from growing unnoticed. Where it waits for
-its two products one by one (DEPBAR), the exponentials (MUFU) run under the second, which is before
+its two products one by one (DEPBAR), the exponentials run under the second, which is before
 the last wait.
 """
 
@@ -40,7 +40,8 @@ class Code:
 
     def main_loop(self) -> list[str]:
         bodies = (self.opcodes[loop.start : loop.stop] for loop in self.loops)
-        return min((body for body in bodies if "HGMMA" in body), key=len, default=[])
+        both = (body for body in bodies if "HGMMA" in body and "MUFU" in body)
+        return min(both, key=len, default=[])
 
 
 def find_nvdisasm() -> str | None:

@@ -113,6 +113,9 @@ class QueryTiles {
   FA_HOST_DEVICE constexpr int left() const {
     return (last_head_ - current_.head) * (end_ - begin_) - (current_.tile - begin_);
   }
+  // Of each head: its first tile, and how many there are.
+  FA_HOST_DEVICE constexpr int first_of_head() const { return begin_; }
+  FA_HOST_DEVICE constexpr int of_head() const { return end_ - begin_; }
   FA_HOST_DEVICE constexpr QueryTile current() const { return current_; }
   FA_HOST_DEVICE constexpr void advance() {
     if (++current_.tile == end_) {

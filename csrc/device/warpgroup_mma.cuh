@@ -64,19 +64,42 @@ FA_DEVICE void issue_ab(Sum& r_sum, const OperandA<Element, kBlockRows, kDepth>&
   }
 }
 
-// sum = a b over kDepth columns of s_a: rows of it from a_row on, with the first rows of s_b and
-// its columns from b_col on. A sum of more than 64 columns has all columns of s_b.
-template <int kDepth, typename Sum, typename Element, int kRowsA, int kColsA, int kRowsB,
-          int kColsB>
+// sum = a^T b over the rows of s_a, which are kDepth and its columns 64, with as many rows of s_b
+// and its columns from b_col on, a multiple of 64.
+template <typename Sum, typename Element, int kDepth, int kRowsB, int kColsB>
+FA_DEVICE void issue_atb(Sum& r_sum, const SmemTile<Element, kDepth, kWarpgroupRows>& s_a,
+                         const SmemTile<Element, kRowsB, kColsB>& s_b, int b_col) {
+  const Descriptor a(s_a, 0);
+  const Descriptor b(s_b, b_col / 64 * kRowsB);
+#pragma unroll
+  for (int row = 0; row < kDepth; row += kMmaDepth) {
+    ptx::Wgmma<Element, Sum::kCols>::template ss<true, true>(r_sum.r[0], a.at(row, 0), b.at(row, 0),
+                                                             row > 0);
+  }
+}
+
+// sum (+)= a b over kDepth columns of s_a: rows of it from a_row on, with the first rows of s_b and
+// its columns from b_col on. A sum of more than 64 columns has all columns of s_b. It may be made
+// of products of fewer columns, kColsAtOnce: ptxas takes none with more registers of results than a
+// thread has when the kernel begins.
+template <int kDepth, int kColsAtOnce = 0, typename Sum, typename Element, int kRowsA, int kColsA,
+          int kRowsB, int kColsB>
 FA_DEVICE void issue_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kColsA>& s_a, int a_row,
-                        const SmemTile<Element, kRowsB, kColsB>& s_b, int b_col) {
+                        const SmemTile<Element, kRowsB, kColsB>& s_b, int b_col,
+                        bool accumulate = false) {
   static_assert(Sum::kCols <= 64 || Sum::kCols == kColsB);
   const Descriptor a(s_a, a_row);
   const Descriptor b(s_b, b_col / 64 * kRowsB);
+  constexpr int kCols = kColsAtOnce == 0 ? Sum::kCols : kColsAtOnce;
+  using Block = float[4];
 #pragma unroll
-  for (int depth = 0; depth < kDepth; depth += kMmaDepth) {
-    ptx::Wgmma<Element, Sum::kCols>::template ss<true>(r_sum.r[0], a.at(0, depth), b.at(depth, 0),
-                                                       depth > 0);
+  for (int col = 0; col < Sum::kCols; col += kCols) {
+    auto& r_part = reinterpret_cast<Block(&)[kCols / kBlockCols]>(r_sum.r[0][col / kBlockCols]);
+#pragma unroll
+    for (int depth = 0; depth < kDepth; depth += kMmaDepth) {
+      ptx::Wgmma<Element, kCols>::template ss<true>(r_part, a.at(0, depth), b.at(depth, col),
+                                                    accumulate || depth > 0);
+    }
   }
 }
 

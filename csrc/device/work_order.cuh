@@ -35,8 +35,33 @@ struct WholeBlock {
   FA_DEVICE void sync() const { __syncthreads(); }
 };
 
-// Between construction and end() it is these threads' turn to add to a tile: rank() blocks have
-// added all of theirs before. Does nothing where the pass is not deterministic.
+// Between begin_turn() and end_turn() it is these threads' turn to add to a tile: rank() blocks
+// have added all of theirs before. Both do nothing where the pass is not deterministic and turn
+// null.
+template <typename Threads, typename Rank>
+FA_DEVICE void begin_turn(const int* turn, const Threads& threads, Rank&& rank) {
+  if (turn != nullptr) {
+    if (threads.leads()) {
+      const int before = Threads::kParts * rank();
+      while (ptx::load_acquire(turn) < before) {
+      }
+    }
+    threads.sync();
+  }
+}
+
+template <typename Threads>
+FA_DEVICE void end_turn(int* turn, const Threads& threads) {
+  if (turn != nullptr) {
+    __threadfence();
+    threads.sync();
+    if (threads.leads()) {
+      ptx::add_release(turn, 1);
+    }
+  }
+}
+
+// The same between construction and end().
 template <typename Threads>
 class InTurn {
  public:
@@ -44,25 +69,10 @@ class InTurn {
   FA_DEVICE InTurn(const BwdWorkspace& workspace, int64_t index, const Threads& threads,
                    Rank&& rank)
       : turn_(workspace.turn(index)), threads_(threads) {
-    if (turn_ != nullptr) {
-      if (threads_.leads()) {
-        const int before = Threads::kParts * rank();
-        while (ptx::load_acquire(turn_) < before) {
-        }
-      }
-      threads_.sync();
-    }
+    begin_turn(turn_, threads_, rank);
   }
 
-  FA_DEVICE void end() {
-    if (turn_ != nullptr) {
-      __threadfence();
-      threads_.sync();
-      if (threads_.leads()) {
-        ptx::add_release(turn_, 1);
-      }
-    }
-  }
+  FA_DEVICE void end() { end_turn(turn_, threads_); }
 
  private:
   int* turn_;

@@ -61,8 +61,13 @@ struct KernelConfig {
       return (tile_m + 4 * tile_n) * head_dim * element_bytes + exchange;
     }
     const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
-    if (family == Family::kSm90) {  // the next k and v too, and ds twice, but no p
-      return (4 * smem_cols() * (tile_n + tile_m) + 2 * tile_m * tile_n) * element_bytes +
+    if (family == Family::kSm90) {
+      // The next k and v too, and ds twice, but no p; or, where head_dim is large, p and ds twice.
+      const int tiles_of_keys = head_dim <= 128 ? 4 : 2;
+      const int tiles_of_scores = head_dim <= 128 ? 2 : 4;
+      return (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
+              tiles_of_scores * tile_m * tile_n) *
+                 element_bytes +
              statistics + kSm90ControlBytes;
     }
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
@@ -119,6 +124,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,   96, kWindow,   64,  128, 12, 1},
   {kSm90, kBackward, kBFloat16, 128, kWindow,   64,  128, 12, 1},
   {kSm90, kBackward, kFloat16,  128, kWindow,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 192, kWindow,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  192, kWindow,   64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16, 256, kWindow,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  256, kWindow,   64,   64, 16, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 2},

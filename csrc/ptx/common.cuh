@@ -33,6 +33,14 @@ FA_DEVICE uint32_t opaque(uint32_t x) {
   return result;
 }
 
+// How many blocks the launch has, read here and not ahead of a loop.
+// PTX ISA, "Special Registers: %nctaid".
+FA_DEVICE uint32_t grid_size() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
+
 // 2^x to two units in the last place; exactly 0 for -inf, and subnormal results are 0.
 // PTX ISA, "Floating Point Instructions: ex2".
 FA_DEVICE float exp2_approx(float x) {

@@ -83,16 +83,16 @@ FA_DEVICE void shrink_registers() {
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
 
-// ss takes a from shared memory, K-major, and b from shared memory: (kCols, 16), K-major, or else
-// (16, kCols), MN-major, which is with its columns contiguous. rs takes a from registers, and b
-// from shared memory, MN-major. Without `accumulate` the result starts from zero.
+// ss takes a from shared memory: (64, 16), K-major, or else (16, 64), MN-major, which is with its
+// columns contiguous; and b likewise, (kCols, 16) or else (16, kCols). rs takes a from registers,
+// and b from shared memory, MN-major. Without `accumulate` the result starts from zero.
 template <typename Element, int kCols>
 struct Wgmma;
 
 #define FA_WGMMA(ELEMENT, TYPE, COLS, I0, I1, I2, I3, I4, I5)                                   \
   template <>                                                                                   \
   struct Wgmma<ELEMENT, COLS> {                                                                 \
-    template <bool kBIsMnMajor = false>                                                         \
+    template <bool kBIsMnMajor = false, bool kAIsMnMajor = false>                               \
     static FA_DEVICE void ss(float (&r)[COLS / 8][4], uint64_t a, uint64_t b, int accumulate) { \
       asm volatile(                                                                             \
           "{\n"                                                                                 \
@@ -100,11 +100,11 @@ struct Wgmma;
           "  setp.ne.b32 p, " I2                                                                \
           ", 0;\n"                                                                              \
           "  wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." TYPE "." TYPE                  \
-          " {" FA_NAMES_##COLS "}, " I0 ", " I1 ", p, 1, 1, 0, " I3                             \
+          " {" FA_NAMES_##COLS "}, " I0 ", " I1 ", p, 1, 1, " I4 ", " I3                        \
                                ";\n"                                                            \
                                "}"                                                              \
           : FA_BLOCKS_##COLS                                                                    \
-          : "l"(a), "l"(b), "r"(accumulate), "n"(kBIsMnMajor));                                 \
+          : "l"(a), "l"(b), "r"(accumulate), "n"(kBIsMnMajor), "n"(kAIsMnMajor));               \
     }                                                                                           \
     static FA_DEVICE void rs(float (&r)[COLS / 8][4], const uint32_t (&a)[4], uint64_t b,       \
                              int accumulate) {                                                  \

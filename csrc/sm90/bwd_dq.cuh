@@ -12,38 +12,45 @@
 
 namespace fa::sm90 {
 
-// visit(block, g_lane): where this lane's four floats of an 8-column block of its share lie.
-template <typename Traits, typename Float, typename Visit>
-FA_DEVICE void each_dq_block(Float* g_sums, int warpgroup, Visit&& visit) {
-  using Dq = typename Traits::Dq;
-  constexpr int kFloatsOfShare = device::kWarpgroupRows * Dq::kCols;
-  constexpr int kFloatsOfWarp = device::kBlockRows * device::kBlockCols;
-  const int warp = static_cast<int>(threadIdx.x) / ptx::kWarpSize % 4;
-  Float* g_lane = ptx::lane_of_block(g_sums + warpgroup * kFloatsOfShare + warp * kFloatsOfWarp);
+template <typename Traits>
+inline constexpr int kFloatsOfDqShare = device::kWarpgroupRows * Traits::Dq::kCols;
+inline constexpr int kDqFloatsOfWarp = device::kBlockRows * device::kBlockCols;
+
+// Where this lane's first four floats of a share lie. Computed where it is needed, rather than kept
+// in registers.
+template <typename Traits, typename Float>
+FA_DEVICE Float* dq_lane(Float* g_sums, int share) {
+  const uint32_t warp = ptx::opaque(threadIdx.x) / ptx::kWarpSize % 4;
+  return ptx::lane_of_block(g_sums + share * kFloatsOfDqShare<Traits> + warp * kDqFloatsOfWarp);
+}
+
+// visit(block, g_floats): where this lane's four floats of an 8-column block of a share lie.
+template <typename Traits, typename Share, typename Float, typename Visit>
+FA_DEVICE void each_dq_block(Float* g_lane, int share, Visit&& visit) {
 #pragma unroll
-  for (int block = 0; block < Dq::kColBlocks; ++block) {
-    if (Traits::kHeadDim % Dq::kCols == 0 ||
-        Traits::dq_col(warpgroup) + block * device::kBlockCols < Traits::kHeadDim) {
-      visit(block, g_lane + block * 4 * kFloatsOfWarp);
+  for (int block = 0; block < Share::kColBlocks; ++block) {
+    if (Traits::kHeadDim % Share::kCols == 0 ||
+        Traits::dq_col(share) + block * device::kBlockCols < Traits::kHeadDim) {
+      visit(block, g_lane + block * 4 * kDqFloatsOfWarp);
     }
   }
 }
 
 // By one warpgroup.
-template <typename Traits>
-FA_DEVICE void add_dq(float* g_sums, int warpgroup, const typename Traits::Dq& r_dq) {
-  each_dq_block<Traits>(g_sums, warpgroup, [&](int block, float* g_lane) {
-    ptx::reduce_add_block(g_lane, r_dq.r[0][block]);
+template <typename Traits, typename Share>
+FA_DEVICE void add_dq(float* g_lane, int share, const Share& r_dq) {
+  each_dq_block<Traits, Share>(g_lane, share, [&](int block, float* g_floats) {
+    ptx::reduce_add_block(g_floats, r_dq.r[0][block]);
   });
 }
 
 // dq = softmax_scale * (its sums), one tile of queries of one head per block.
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kMathThreads)
+__global__ void __launch_bounds__(Traits::kDqThreads)
     flash_bwd_dq_sm90(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Element = typename Traits::Element;
-  auto& s_dq = device::shared_memory<typename Traits::template Rows<Traits::kTileM>>();
+  auto& s_dq = device::shared_memory<typename Traits::DqTile>();
   const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
   const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
   const int first_query = tile.tile * Traits::kTileM;
@@ -58,15 +65,15 @@ __global__ void __launch_bounds__(Traits::kMathThreads)
   const int warp = static_cast<int>(threadIdx.x) / ptx::kWarpSize % 4;
   typename Traits::Dq r_dq;
   r_dq.clear();  // columns that a row does not have
-  each_dq_block<Traits>(g_sums, warpgroup, [&](int block, const float* g_lane) {
-    ptx::load_block(g_lane, r_dq.r[0][block]);
-  });
+  each_dq_block<Traits, typename Traits::Dq>(
+      dq_lane<Traits>(g_sums, warpgroup), warpgroup,
+      [&](int block, const float* g_floats) { ptx::load_block(g_floats, r_dq.r[0][block]); });
   r_dq.scale(static_cast<float>(params.softmax_scale));
   device::store_blocks(device::to_operand<Element>(r_dq), s_dq,
                        Traits::dq_row(warpgroup) + warp * device::kBlockRows,
                        Traits::dq_col(warpgroup));
   __syncthreads();
-  s_dq.template store<Traits::kMathThreads>(device::global_tile<Element>(
+  s_dq.template store<Traits::kDqThreads>(device::global_tile<Element>(
       params.dq, sequence, tile.batch, first_query, tile.head, params.shape.head_dim));
 #else
   __trap();  // rather than leave dq out as it was

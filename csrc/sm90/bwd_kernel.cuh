@@ -25,7 +25,6 @@
 #include "ptx/barrier.cuh"
 #include "sm90/bwd_dq.cuh"
 #include "sm90/bwd_load.cuh"
-#include "sm90/shared_rows.cuh"
 #include "sm90/store.cuh"
 
 namespace fa::sm90 {
@@ -111,8 +110,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     r_dk.clear();
     r_dv.clear();
     QueryTiles tiles = s_work.template query_tiles<kTileM>(params);
-    QueryTile late = tiles.current();  // the tile before, of which dq is still to be added
-    bool is_late = false;              // unless there is none
+    QueryTile late = {-1, 0};  // the tile before, of which dq is still to be added; if any
     const auto issue_dq = [&](Dq& r_dq) {
       at.wait_previous(s.ds_ring);
       ptx::wgmma_fence();
@@ -129,7 +127,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
             const Range queries = {first, min(first + kTileM, seqlen_q)};
             return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
           });
-      add_dq<Traits>(params.workspace.dq_sum(index), warpgroup, r_dq);
+      add_dq<Traits>(dq_lane<Traits>(params.workspace.dq_sum(index), warpgroup), warpgroup, r_dq);
       in_turn.end();
     };
 
@@ -155,12 +153,12 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       ptx::wgmma_commit();
 
       ColumnValues<Scores> lse_log2;
-      if (Traits::kLoadsLseAhead) {
+      if (Traits::kLoadsStatisticsAhead) {
         lse_log2.load(s_statistics.lse_log2);
       }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
-      if (!Traits::kLoadsLseAhead) {
+      if (!Traits::kLoadsStatisticsAhead) {
         lse_log2.load(s_statistics.lse_log2);
       }
       r_p.transform([&](float score, int, int block, int i) {
@@ -174,9 +172,14 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       const auto r_p_elements = device::to_operand<Element>(r_p);
 
       ColumnValues<Scores> delta;
-      delta.load(s_statistics.delta);
+      if (Traits::kLoadsStatisticsAhead) {
+        delta.load(s_statistics.delta);
+      }
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_ds.r[0]);
+      if (!Traits::kLoadsStatisticsAhead) {
+        delta.load(s_statistics.delta);
+      }
       r_ds.transform([&](float dp, int, int block, int i) {
         return r_p.r[0][block][i] * (dp - delta.of(block, i));
       });
@@ -210,10 +213,9 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);
-      if (is_late) {
+      if (late.head >= 0) {
         finish_dq(r_dq);
       }
-      is_late = true;
       late = tile;
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_dk.r[0]);
@@ -233,7 +235,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
                   rows_of(params.dv), warpgroup_barrier);
-    if (is_late) {
+    if (late.head >= 0) {
       Dq r_dq;
       issue_dq(r_dq);
       ptx::wgmma_wait<0>();

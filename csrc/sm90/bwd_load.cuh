@@ -58,8 +58,8 @@ FA_DEVICE void load_keys(const BwdParams& params, const BwdTensorMaps& maps,
 }
 
 // Loads the queries that see the keys, dout and the rows' statistics, by one warp.
-template <typename Traits>
-FA_DEVICE void load_queries(const BwdParams& params, const BwdTensorMaps& maps,
+template <typename Traits, typename Maps>
+FA_DEVICE void load_queries(const BwdParams& params, const Maps& maps,
                             typename Traits::SharedMemory& s) {
   constexpr int kTileM = Traits::kTileM;
   device::RingPosition<kWorkStages> work_at;
@@ -79,13 +79,13 @@ FA_DEVICE void load_queries(const BwdParams& params, const BwdTensorMaps& maps,
     const int64_t first_tile = s_work.first_query_tile;
     __syncwarp();
     work_at.release(s.work_ring);
-    const int count = tiles.left();
-    const int take_next_at = max(count - kQueryTilesToTakeAhead, 0);
-    for (int i = 0; i <= count; ++i) {
-      if (i == take_next_at && ptx::lane_index() == 0) {
+    int left = tiles.left();
+    const int take_next_at = min(left, kQueryTilesToTakeAhead);
+    for (;; --left) {
+      if (left == take_next_at && ptx::lane_index() == 0) {
         may_take_at.fill(s.may_take);
       }
-      if (i == count) {
+      if (left == 0) {
         break;
       }
       const QueryTile tile = tiles.current();

@@ -19,6 +19,13 @@ namespace fa::sm90 {
 // Of what passes by, one tile comes while another is used.
 inline constexpr int kBwdStages = 2;
 
+// Of a tile of queries, as support/bwd_preprocess.h leaves them in global memory.
+template <int kTileM>
+struct BwdStatistics {
+  alignas(16) float lse_log2[kTileM];
+  alignas(16) float delta[kTileM];
+};
+
 template <int kRow>
 struct BwdTraits {
   static constexpr KernelConfig kConfig = table::kRows[kRow];
@@ -45,12 +52,14 @@ struct BwdTraits {
   // Of a warpgroup, (keys, queries) and (keys, columns).
   using Scores = device::Accumulator<device::kBlockRows, kTileM>;
   using KeyGradient = device::Accumulator<device::kBlockRows, kHeadDim>;
-  // Under the product of the scores, if registers are left.
-  static constexpr bool kLoadsLseAhead = kTileM == device::kWarpgroupRows;
+  // Those of the rows are loaded under the products, if registers are left for them.
+  static constexpr bool kLoadsStatisticsAhead = kTileM == device::kWarpgroupRows;
 
   // A warpgroup's share of a tile of dq: half of its rows where it has 128, else of its columns.
   static constexpr int kDqCols = 64;
+  static constexpr int kDqThreads = kMathThreads;  // to write it out
   using Dq = device::Accumulator<device::kBlockRows, kDqCols>;
+  using DqTile = Rows<kTileM>;  // of all shares
   static constexpr bool kSharesRowsOfDq = kTileM == 2 * device::kWarpgroupRows;
   static_assert(kSharesRowsOfDq ? kHeadDim == kDqCols
                                 : kTileM == device::kWarpgroupRows && kHeadDim > kDqCols &&
@@ -60,11 +69,7 @@ struct BwdTraits {
   }
   static FA_DEVICE int dq_col(int warpgroup) { return kSharesRowsOfDq ? 0 : warpgroup * kDqCols; }
 
-  // As support/bwd_preprocess.h leaves them in global memory.
-  struct Statistics {
-    alignas(16) float lse_log2[kTileM];
-    alignas(16) float delta[kTileM];
-  };
+  using Statistics = BwdStatistics<kTileM>;
   struct Keys {
     Rows<kTileN> k;
     Rows<kTileN> v;

@@ -9,6 +9,7 @@
 #include "common/math.h"
 #include "dispatch/registry.h"
 #include "sm90/bwd_kernel.cuh"
+#include "sm90/bwd_wide_kernel.cuh"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/tensor_map.h"
 #include "support/bwd_preprocess.h"
@@ -90,20 +91,17 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
 }
 
 template <typename Traits>
-constexpr int64_t kDqSmemBytes = sizeof(typename Traits::template Rows<Traits::kTileM>);
+constexpr int64_t kDqSmemBytes = sizeof(typename Traits::DqTile);
 
-template <typename Traits>
-void launch_backward(const BwdParams& params, const LaunchContext& context) {
-  const Shape& shape = params.shape;
+// The main kernel of the narrow rows and that of the wide ones.
+template <int kRow>
+void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                      void* stream) {
+  using Traits = BwdTraits<kRow>;
   const TensorMaps maps(params, Traits::kConfig.dtype);
-  const int query_tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
-  const Schedule schedule = make_schedule(
-      params, "k", ceil_div(shape.seqlen_k, Traits::kTileN), Traits::kTileN, shape.num_heads_kv,
-      params.workspace.turns != nullptr && query_tiles > 0, context.stream);
-  support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   support::launch_persistent<flash_bwd_sm90<Traits>>(
       "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), context.stream, params,
+      sizeof(typename Traits::SharedMemory), stream, params,
       BwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
                     .k = maps.of_keys(params.k, Traits::kTileN),
                     .v = maps.of_keys(params.v, Traits::kTileN),
@@ -111,9 +109,45 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
                     .dk = maps.of_keys(params.dk, device::kWarpgroupRows),
                     .dv = maps.of_keys(params.dv, device::kWarpgroupRows)},
       schedule);
+}
+template <int kRow>
+void launch_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                      void* stream) {
+  using Traits = WideBwdTraits<kRow>;
+  const TensorMaps maps(params, Traits::kConfig.dtype);
+  support::launch_persistent<flash_bwd_wide_sm90<Traits>>(
+      "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), stream, params,
+      WideBwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
+                        .k = maps.of_keys(params.k, Traits::kTileN),
+                        .v = maps.of_keys(params.v, Traits::kTileN),
+                        .dout = maps.of_queries(params.dout, Traits::kTileM)},
+      schedule);
+}
+
+template <int kRow>
+KernelResources gradients_resources(BwdTraits<kRow>*) {
+  using Traits = BwdTraits<kRow>;
+  return support::resources_of(flash_bwd_sm90<Traits>, sizeof(typename Traits::SharedMemory));
+}
+template <int kRow>
+KernelResources gradients_resources(WideBwdTraits<kRow>*) {
+  using Traits = WideBwdTraits<kRow>;
+  return support::resources_of(flash_bwd_wide_sm90<Traits>, sizeof(typename Traits::SharedMemory));
+}
+
+template <typename Traits>
+void launch_backward(const BwdParams& params, const LaunchContext& context) {
+  const Shape& shape = params.shape;
+  const int query_tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
+  const Schedule schedule = make_schedule(
+      params, "k", ceil_div(shape.seqlen_k, Traits::kTileN), Traits::kTileN, shape.num_heads_kv,
+      params.workspace.turns != nullptr && query_tiles > 0, context.stream);
+  support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
   support::launch<flash_bwd_dq_sm90<Traits>>(
       "flash_bwd_dq_sm90", params, TileScheduler{query_tiles, shape.num_heads, shape.batch},
-      Traits::kMathThreads, kDqSmemBytes<Traits>, context.stream);
+      Traits::kDqThreads, kDqSmemBytes<Traits>, context.stream);
 }
 
 template <typename Traits>
@@ -123,9 +157,8 @@ KernelResources forward_resources() {
 
 template <typename Traits>
 KernelResources backward_resources() {
-  return support::larger(
-      support::resources_of(flash_bwd_sm90<Traits>, sizeof(typename Traits::SharedMemory)),
-      support::resources_of(flash_bwd_dq_sm90<Traits>, kDqSmemBytes<Traits>));
+  return support::larger(gradients_resources(static_cast<Traits*>(nullptr)),
+                         support::resources_of(flash_bwd_dq_sm90<Traits>, kDqSmemBytes<Traits>));
 }
 
 // Registers every row of the table with this pass and head_dim when the library is loaded.
@@ -140,8 +173,9 @@ struct Registration {
       kernel.forward = launch_forward<FwdTraits<kRow>>;
       kernel.resources = forward_resources<FwdTraits<kRow>>;
     } else {
-      kernel.backward = launch_backward<BwdTraits<kRow>>;
-      kernel.resources = backward_resources<BwdTraits<kRow>>;
+      using Traits = std::conditional_t<(kHeadDim > 128), WideBwdTraits<kRow>, BwdTraits<kRow>>;
+      kernel.backward = launch_backward<Traits>;
+      kernel.resources = backward_resources<Traits>;
     }
   }
 };

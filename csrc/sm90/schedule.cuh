@@ -21,8 +21,8 @@ struct Schedule {
 
 // By one thread: the index of an item that no other block has, or one past the last.
 FA_DEVICE uint32_t take_item(const Schedule& schedule) {
-  const uint32_t own_items = schedule.in_order ? 0 : gridDim.x;
-  return schedule.counter == nullptr ? schedule.items
+  const uint32_t own_items = schedule.in_order ? 0 : ptx::grid_size();
+  return schedule.counter == nullptr ? ptx::opaque(schedule.items)
                                      : own_items + atomicAdd(&schedule.counter->taken, 1u);
 }
 

@@ -15,13 +15,16 @@ FA_DEVICE void show_rows(int barrier) {
   ptx::barrier_sync<kThreads>(barrier);
 }
 
-// The rows of a tile from `first` on become zero, by kThreads.
+// The rows of a tile from `first` on become zero, by kThreads. It is rare: unrolled, it would cost
+// registers of the loops around it.
 template <int kThreads = device::kWarpgroupThreads, typename Tile>
 FA_DEVICE void clear_rows(Tile& s_tile, int first, int thread) {
   const int units = (Tile::kRows - first) * Tile::kUnitsPerLine;
+#pragma unroll 1
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     uint4* s_panel = reinterpret_cast<uint4*>(s_tile.elements +
                                               (panel * Tile::kRows + first) * Tile::kPanelCols);
+#pragma unroll 1
     for (int unit = thread; unit < units; unit += kThreads) {
       s_panel[unit] = {0, 0, 0, 0};
     }

@@ -122,6 +122,10 @@ void check_queries_of_tile(int length, int tile_m) {
 
 void check_query_tiles(Range queries, int tile_rows, int first_head, int heads) {
   QueryTiles tiles(queries, tile_rows, first_head, heads);
+  if (!tiles.done()) {
+    FA_EXPECT_EQ(tiles.first_of_head(), queries.begin / tile_rows, "tile_rows", tile_rows);
+    FA_EXPECT_EQ(tiles.left(), heads * tiles.of_head(), "tile_rows", tile_rows);
+  }
   std::vector<int> left;
   for (int head = first_head; head < first_head + heads; ++head) {
     for (int tile = 0; tile * tile_rows < queries.end; ++tile) {

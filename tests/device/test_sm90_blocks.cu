@@ -10,6 +10,7 @@
 
 #include "device/convert.cuh"
 #include "device/pipeline.cuh"
+#include "device/store_rows.cuh"
 #include "device/warpgroup_mma.cuh"
 #include "ptx/tma.cuh"
 #include "sm90/tensor_map.h"
@@ -295,6 +296,104 @@ void test_ab_of_part() {
       });
 }
 
+template <typename Element, int kCols, int kColsAtOnce>
+__global__ void ab_in_parts_kernel(const Element* g_a, const Element* g_b, float* g_sum) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kDepth = 64;
+  auto& s = device::shared_memory<ProductMemory<SmemTile<Element, device::kWarpgroupRows, kDepth>,
+                                                SmemTile<Element, kDepth, kCols>>>();
+  fill_tile(s.a, g_a);
+  fill_tile(s.b, g_b);
+  ptx::fence_async_proxy();
+  __syncthreads();
+  device::Accumulator<device::kBlockRows, kCols> r_sum;
+  r_sum.clear();
+#pragma unroll 1
+  for (int time = 0; time < 2; ++time) {
+    ptx::wgmma_fence();
+    device::issue_ab<kDepth, kColsAtOnce>(r_sum, s.a, 0, s.b, 0, true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(r_sum.r[0]);
+  }
+  dump(r_sum, g_sum, kCols, ptx::warp_index() * device::kBlockRows, 0);
+#endif
+}
+
+// Twice a b, both from shared memory, by products of kColsAtOnce columns.
+template <typename Element, int kCols, int kColsAtOnce>
+void test_ab_in_parts() {
+  constexpr int kDepth = 64;
+  constexpr int kRows = device::kWarpgroupRows;
+  using Memory = ProductMemory<SmemTile<Element, kRows, kDepth>, SmemTile<Element, kDepth, kCols>>;
+  Managed<Element> a(kRows * kDepth);
+  Managed<Element> b(kDepth * kCols);
+  Managed<float> sum(kRows * kCols, kUntouched);
+  fill(a, 8);
+  fill(b, 9);
+  run<ab_in_parts_kernel<Element, kCols, kColsAtOnce>>(1, device::kWarpgroupThreads, sizeof(Memory),
+                                                       a.data, b.data, sum.data);
+  expect(
+      "issue_ab " + shape_name(kRows, kCols) + ", " + std::to_string(kColsAtOnce) +
+          " columns at once",
+      kRows, kCols, 0, [&](int r, int c) { return sum[r * kCols + c]; },
+      [&](int r, int c) {
+        float expected = 0.0f;
+        for (int i = 0; i < kDepth; ++i) {
+          expected +=
+              2.0f * static_cast<float>(a[r * kDepth + i]) * static_cast<float>(b[i * kCols + c]);
+        }
+        return expected;
+      });
+}
+
+template <typename Element, int kCols, int kColsB, int kCol>
+__global__ void atb_kernel(const Element* g_a, const Element* g_b, float* g_sum) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kDepth = 64;
+  auto& s = device::shared_memory<ProductMemory<SmemTile<Element, kDepth, device::kWarpgroupRows>,
+                                                SmemTile<Element, kDepth, kColsB>>>();
+  fill_tile(s.a, g_a);
+  fill_tile(s.b, g_b);
+  ptx::fence_async_proxy();
+  __syncthreads();
+  device::Accumulator<device::kBlockRows, kCols> r_sum;
+  ptx::wgmma_fence();
+  device::issue_atb(r_sum, s.a, s.b, kCol);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_pin(r_sum.r[0]);
+  dump(r_sum, g_sum, kCols, ptx::warp_index() * device::kBlockRows, 0);
+#endif
+}
+
+// a^T by kCols columns of b from kCol on.
+template <typename Element, int kCols, int kColsB, int kCol>
+void test_atb() {
+  constexpr int kDepth = 64;
+  constexpr int kRows = device::kWarpgroupRows;
+  using Memory = ProductMemory<SmemTile<Element, kDepth, kRows>, SmemTile<Element, kDepth, kColsB>>;
+  Managed<Element> a(kDepth * kRows);
+  Managed<Element> b(kDepth * kColsB);
+  Managed<float> sum(kRows * kCols, kUntouched);
+  fill(a, 10);
+  fill(b, 11);
+  run<atb_kernel<Element, kCols, kColsB, kCol>>(1, device::kWarpgroupThreads, sizeof(Memory),
+                                                a.data, b.data, sum.data);
+  expect(
+      "issue_atb, " + std::to_string(kCols) + " columns from " + std::to_string(kCol) + " on of " +
+          shape_name(kDepth, kColsB),
+      kRows, kCols, 0, [&](int r, int c) { return sum[r * kCols + c]; },
+      [&](int r, int c) {
+        float expected = 0.0f;
+        for (int i = 0; i < kDepth; ++i) {
+          expected +=
+              static_cast<float>(a[i * kRows + r]) * static_cast<float>(b[i * kColsB + kCol + c]);
+        }
+        return expected;
+      });
+}
+
 // --- the ring ---
 
 struct RingMemory {
@@ -483,6 +582,39 @@ void test_store_transposed() {
       [](int r, int c) { return pattern(r, c); });
 }
 
+// --- from registers to global memory ---
+
+// Four warps store pattern() as rows of a matrix, as far as it has `rows` and `cols`.
+template <int kCols, typename Element>
+__global__ void store_rows_kernel(Element* g_matrix, int row_stride, int rows, int cols) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const int row = ptx::warp_index() * device::kBlockRows;
+  device::Accumulator<device::kBlockRows, kCols> r_sums;
+  r_sums.transform([&](float, int i, int block, int j) {
+    return pattern(row + r_sums.row(i), r_sums.col(block, j));
+  });
+  const device::GlobalTile<Element> destination = {g_matrix + row * row_stride, row_stride,
+                                                   rows - row, cols};
+  device::store_rows<kCols>(destination, [&](int block, int half) {
+    const float (&r)[4] = r_sums.r[0][block];
+    return ptx::convert_pair<Element>(r[2 * half], r[2 * half + 1]);
+  });
+#endif
+}
+
+template <typename Element, int kCols>
+void test_store_rows(int rows, int cols) {
+  constexpr int kRows = device::kWarpgroupRows;
+  constexpr int kStride = kCols + 8;
+  Managed<Element> matrix(kRows * kStride, Element(kUntouched));
+  run<store_rows_kernel<kCols, Element>>(1, device::kWarpgroupThreads, 0, matrix.data, kStride,
+                                         rows, cols);
+  expect(
+      "store_rows of " + std::to_string(kCols) + " columns to " + shape_name(rows, cols), kRows,
+      kStride, 0, [&](int r, int c) { return static_cast<float>(matrix[r * kStride + c]); },
+      [&](int r, int c) { return r < rows && c < cols ? pattern(r, c) : kUntouched; });
+}
+
 template <typename Element>
 void test_element(const char* name) {
   std::printf("%s\n", name);
@@ -516,6 +648,12 @@ void test_element(const char* name) {
   test_ab_of_part<Element, 64, 128, 64>();
   test_ab_of_part<Element, 128, 64, 0>();
 
+  test_ab_in_parts<Element, 192, 192>();
+  test_ab_in_parts<Element, 256, 128>();
+  test_atb<Element, 128, 256, 0>();
+  test_atb<Element, 128, 256, 128>();
+  test_atb<Element, 64, 192, 128>();
+
   test_store_blocks<Element, 0, 64, 64>();
   test_store_blocks<Element, 0, 64, 128>();
   test_store_blocks<Element, 64, 64, 128>();
@@ -526,6 +664,11 @@ void test_element(const char* name) {
   test_store_blocks<Element, 0, 256, 256>();
   test_store_transposed<Element, 64>();
   test_store_transposed<Element, 128>();
+
+  test_store_rows<Element, 192>(64, 192);
+  test_store_rows<Element, 256>(64, 256);
+  test_store_rows<Element, 256>(45, 200);  // rows and columns past the end
+  test_store_rows<Element, 256>(8, 136);   // warps of which no row exists
 }
 
 void test_all() {

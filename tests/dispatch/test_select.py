@@ -76,7 +76,9 @@ def test_documented_choices(changes: dict[str, Any], kernel: str) -> None:
         ({"head_dim": 256}, "flash_fwd_sm90_bfloat16_d256"),
         ({"head_dim": 257}, "flash_fwd_sm80_bfloat16_d512"),
         ({"pass_name": "bwd"}, "flash_bwd_sm90_bfloat16_d128"),
-        ({"pass_name": "bwd", "head_dim": 129}, "flash_bwd_sm80_bfloat16_d192"),
+        ({"pass_name": "bwd", "head_dim": 129}, "flash_bwd_sm90_bfloat16_d192"),
+        ({"pass_name": "bwd", "head_dim": 256}, "flash_bwd_sm90_bfloat16_d256"),
+        ({"pass_name": "bwd", "head_dim": 257}, "flash_bwd_sm80_bfloat16_d512"),
         ({"smem_opt_in": 99 * 1024}, "flash_fwd_sm80_bfloat16_d128"),
     ],
 )

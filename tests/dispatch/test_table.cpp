@@ -22,7 +22,7 @@ constexpr int64_t kSmemOptIns[] = {99 * 1024, 163 * 1024, 227 * 1024};
 constexpr int kLargestHeadDim = 512;
 
 // With kernels for Hopper alone.
-constexpr int largest_head_dim_of_hopper(Pass pass) { return pass == kForward ? 256 : 128; }
+constexpr int kLargestHeadDimOfHopper = 256;
 
 struct Choice {
   Family family;
@@ -64,7 +64,7 @@ void check_choices() {
           check({kSm80, pass, kBFloat16, head_dim, full_mask, smem_opt_in});
           check({kSm80, pass, kFloat16, head_dim, full_mask, smem_opt_in});
         }
-        if (head_dim <= largest_head_dim_of_hopper(pass)) {
+        if (head_dim <= kLargestHeadDimOfHopper) {
           check({kSm90, pass, kBFloat16, head_dim, full_mask, kSmemOptIns[2]});
           check({kSm90, pass, kFloat16, head_dim, full_mask, kSmemOptIns[2]});
         }
