@@ -53,8 +53,7 @@ FA_DEVICE void begin_turn(const int* turn, const Threads& threads, Rank&& rank) 
 template <typename Threads>
 FA_DEVICE void end_turn(int* turn, const Threads& threads) {
   if (turn != nullptr) {
-    __threadfence();
-    threads.sync();
+    threads.sync();  // what all have added goes with the leader's release
     if (threads.leads()) {
       ptx::add_release(turn, 1);
     }

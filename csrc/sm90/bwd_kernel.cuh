@@ -12,8 +12,9 @@
 //
 // For dq, ds of all keys comes together in shared memory, in a ring that both math warpgroups fill.
 // Each takes its share of a tile's dq from there a tile late, when the other has long written its
-// part: so neither waits for the other, and the products of one run under the exponentials of the
-// other. It adds that share to sums in global memory, which flash_bwd_dq_sm90 then writes out.
+// part: so neither waits for the other there. Instead they take turns at the exponentials, so that
+// those of one run under the products of the other. Each adds its share to sums in global memory,
+// which flash_bwd_dq_sm90 then writes out.
 //
 // Deterministic: blocks take their work in the order in which they begin, which is by tiles of
 // keys, and add to a tile of dq in that order. A block so waits only for blocks that began before
@@ -26,6 +27,7 @@
 #include "sm90/bwd_dq.cuh"
 #include "sm90/bwd_load.cuh"
 #include "sm90/store.cuh"
+#include "sm90/turns.cuh"
 
 namespace fa::sm90 {
 
@@ -70,10 +72,12 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   const int warpgroup_barrier = 2 + warpgroup;
+  constexpr int kFirstTurn = 2 + Traits::kMathWarpgroups;  // the barriers after those
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = softmax_scale * kLog2E;
+  const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> keys_at;
   device::RingPosition<kBwdStages> at;  // of q and statistics, of dout, and of ds
@@ -133,6 +137,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
 
     if (!tiles.done()) {
       at.wait(s.q_ring);
+      at.wait(s.dout_ring);
     }
     while (!tiles.done()) {
       const QueryTile tile = tiles.current();
@@ -146,7 +151,6 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       ptx::wgmma_fence();
       device::issue_abt<kHeadDim>(r_p, s_k, warpgroup_row, s_q);
       ptx::wgmma_commit();
-      at.wait(s.dout_ring);
       Scores r_ds;  // dp, then ds
       ptx::wgmma_fence();
       device::issue_abt<kHeadDim>(r_ds, s_v, warpgroup_row, s_dout);
@@ -158,6 +162,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
+      turns.begin();
       if (!Traits::kLoadsStatisticsAhead) {
         lse_log2.load(s_statistics.lse_log2);
       }
@@ -187,6 +192,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
         device::keep_seeing_of_warp(r_ds, s_work.window, first_key + warp_row, first_query, 0.0f);
       }
       const auto r_ds_elements = device::to_operand<Element>(r_ds);
+      turns.end();
       at.wait_empty(s.ds_ring);
       device::store_transposed(r_ds_elements, s.ds[at.stage()], warp_row);
       ptx::fence_async_proxy();
@@ -207,9 +213,10 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       ptx::wgmma_wait<2>();
       ptx::wgmma_pin(r_dv.r[0]);
       at.release(s.dout_ring);
-      // Ahead of the additions, for they hold up what waits after them.
+      // Ahead of the additions, for they hold up what waits for anything after them.
       if (!tiles.done()) {
         at.wait_next(s.q_ring);
+        at.wait_next(s.dout_ring);
       }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);

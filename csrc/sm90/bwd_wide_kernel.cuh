@@ -109,6 +109,9 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
       auto& s_q = s.q[at.stage()];
       auto& s_dout = s.dout[at.stage()];
       const auto& s_statistics = s.statistics[at.stage()];
+      const bool is_masked = !device::covers(
+          s_work.seeing_all[0], {first_query, min(first_query + kTileM, s_work.queries.length)});
+
       ptx::wgmma_fence();
       Scores r_p;
       device::issue_abt<kHeadDim>(r_p, s_q, 0, s.k);
@@ -118,6 +121,7 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
       Scores r_ds;  // dp, then ds
       device::issue_abt<kHeadDim>(r_ds, s_dout, 0, s.v);
       ptx::wgmma_commit();
+      // These too come before additions, behind which loads from shared memory queue up.
       typename Scores::RowValues lse_log2;
       typename Scores::RowValues delta;
 #pragma unroll
@@ -135,8 +139,6 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
       r_p.transform([&](float score, int row, int, int) {
         return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2[row]));
       });
-      const bool is_masked = !device::covers(
-          s_work.seeing_all[0], {first_query, min(first_query + kTileM, s_work.queries.length)});
       if (is_masked) {
         device::keep_visible_of_warp(r_p, s_work.window, first_query + warp_row, s_work.first_key,
                                      0.0f);
@@ -270,6 +272,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.dout_ring.init(2 * kOne);
     s.p_ring.init(kOne, kOne);
     s.ds_ring.init(kOne, kOne);
+    for (auto& s_landing : s.landings) {
+      s_landing.init(1);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

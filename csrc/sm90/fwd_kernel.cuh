@@ -28,33 +28,9 @@
 #include "sm90/fwd_values_for_out.cuh"
 #include "sm90/shared_rows.cuh"
 #include "sm90/store.cuh"
+#include "sm90/turns.cuh"
 
 namespace fa::sm90 {
-
-// The turns in which math warpgroups issue products: named barriers, one for each, at which it
-// waits for the one before it.
-template <typename Traits>
-class Turns {
- public:
-  FA_DEVICE explicit Turns(int warpgroup) : own_(kFirst + warpgroup) {
-    next_ = warpgroup + 1 == Traits::kMathWarpgroups ? kFirst : own_ + 1;
-    if (warpgroup + 1 == Traits::kMathWarpgroups) {
-      end();
-    }
-  }
-  FA_DEVICE void begin() const { ptx::barrier_sync<kThreads>(own_); }
-  FA_DEVICE void end() const { ptx::barrier_arrive<kThreads>(next_); }
-  FA_DEVICE void pass() const {
-    begin();
-    end();
-  }
-
- private:
-  static constexpr int kFirst = 1 + Traits::kMathWarpgroups;  // after those of single warpgroups
-  static constexpr int kThreads = 2 * device::kWarpgroupThreads;
-  int own_;
-  int next_;
-};
 
 // A math warpgroup.
 template <typename Traits>
@@ -66,6 +42,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   const int warpgroup_barrier = 1 + warpgroup;
+  constexpr int kFirstTurn = 1 + Traits::kMathWarpgroups;  // the barriers after those
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
 
@@ -77,7 +54,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
   // not multiply.
   const bool tail_is_foreign = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
 
-  const Turns<Traits> turns(warpgroup);
+  const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
   auto& s_q_ring = s.q_ring[warpgroup];
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<Traits::kQStages> q_at;
