@@ -155,16 +155,19 @@ class _Backward(torch.autograd.Function):
 
 
 class _Forward(torch.autograd.Function):
-    """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2, with gradients through out and LSE."""
+    """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2. Each output costs the host time in both
+    passes, so that out is the only one."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output: tuple[Tensor, Tensor] = _fwd_eager(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _fwd_eager(*inputs)
         _setup_context(ctx, inputs, output)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         run_bwd = _Backward.apply if torch.is_grad_enabled() else _bwd_eager
         try:
             return _gradients(run_bwd, ctx, dout, dlse)
@@ -172,22 +175,27 @@ class _Forward(torch.autograd.Function):
             _raise_named(error)
 
 
-class _TransformedForward(_Forward):
-    """The same for torch.func, which demands a setup_context."""
+class _ForwardWithLse(_Forward):
+    """The same with gradients through the LSE too, and with the setup_context that torch.func
+    demands."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        out, softmax_lse = _fwd_eager(*inputs)
-        return out, softmax_lse
+    def forward(*inputs: Any) -> Any:
+        return _fwd_eager(*inputs)
 
     setup_context = staticmethod(_setup_context)
 
 
-# All that Function.apply() does outside torch.func; it takes longer to find out that there is
-# nothing else to do.
-_apply_forward = super(torch.autograd.Function, _Forward).apply
+def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """All that Function.apply() does outside torch.func, where this torch has it by itself: it
+    takes longer to find out that there is nothing else to do."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
-# Where torch lacks this question, the slower function serves all calls.
+
+_apply = _apply_of(_Forward)
+_apply_with_lse = _apply_of(_ForwardWithLse)
+
+# Where torch lacks this question, the slower apply() serves all calls.
 _inside_torch_func: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
@@ -201,8 +209,9 @@ def attention(
     window_left: int,
     window_right: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp; both are differentiable.
+    return_lse: bool,
+) -> Any:
+    """Attention and, where asked for, its log-sum-exp; both are differentiable.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
@@ -213,19 +222,22 @@ def attention(
         deterministic: gradients are the same bits whenever they are computed.
 
     Returns:
-        out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
-        natural log.
+        out, like q; with return_lse (out, softmax_lse), where softmax_lse is (batch, heads,
+        seqlen_q), float32 (float64 for float64 inputs), natural log.
     """
     inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic)
     if torch.compiler.is_compiling():
-        out, softmax_lse = _fwd(*inputs)
-        return out, softmax_lse
-    if not torch.is_grad_enabled():
-        run = _fwd_eager
-    else:
-        run = _TransformedForward.apply if _inside_torch_func() else _apply_forward
+        output = _fwd(*inputs)
+        return output if return_lse else output[0]
     try:
-        out, softmax_lse = run(*inputs)
+        if not torch.is_grad_enabled():
+            output = _fwd_eager(*inputs)
+        elif _inside_torch_func():
+            output = _ForwardWithLse.apply(*inputs)  # type: ignore[no-untyped-call]
+        elif return_lse:
+            output = _apply_with_lse(*inputs)
+        else:
+            return _apply(*inputs)
     except RuntimeError as error:
         _raise_named(error)
-    return out, softmax_lse
+    return output if return_lse else output[0]
