@@ -20,9 +20,15 @@ from flash_attn_cuda._load import load_extension
 _C = load_extension()
 _fwd = torch.ops.flash_attn_cuda.fwd.default
 _bwd = torch.ops.flash_attn_cuda.bwd.default
-_fwd_eager = torch.ops.flash_attn_cuda.fwd_eager.default
-# The same without a Python frame between, where this torch has it.
-_fwd_eager = getattr(_fwd_eager, "_op", _fwd_eager)
+
+
+def _without_frame(operator: Any) -> Any:
+    """The operator without a Python frame before it, where this torch has that."""
+    return getattr(operator, "_op", operator)
+
+
+_fwd_eager = _without_frame(torch.ops.flash_attn_cuda.fwd_eager.default)
+_bwd_eager = _without_frame(torch.ops.flash_attn_cuda.bwd_eager.default)
 
 _ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -79,6 +85,7 @@ def _fwd_fake(
 
 
 @torch.library.register_fake("flash_attn_cuda::bwd")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("flash_attn_cuda::bwd_eager")  # type: ignore[untyped-decorator]
 def _bwd_fake(
     dout: Tensor,
     dlse: Tensor | None,
@@ -97,8 +104,7 @@ def _bwd_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *ctx.options = inputs
-    out, softmax_lse = output
-    ctx.save_for_backward(q, k, v, out, softmax_lse)
+    ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -108,16 +114,15 @@ def _gradients(
     dout: Tensor | None,
     dlse: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    no_gradients = [None] * len(ctx.options)
     if dout is None and dlse is None:
-        return None, None, None, *no_gradients
+        return None, None, None, None, None, None, None
     q, k, v, out, softmax_lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    *options, deterministic = ctx.options
+    scale, left, right, deterministic = ctx.options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, *options, deterministic)
-    return dq, dk, dv, *no_gradients
+    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, scale, left, right, deterministic)
+    return dq, dk, dv, None, None, None, None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -136,25 +141,11 @@ torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
 
 
 # For eager mode: without the autograd registered above, and errors get their own types.
-def _run_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    try:
-        output: tuple[Tensor, Tensor] = _fwd_eager(*inputs)
-        return output
-    except RuntimeError as error:
-        _raise_named(error)
-
-
-def _run_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv = _bwd(*inputs)
-            return dq, dk, dv
-    except RuntimeError as error:
-        _raise_named(error)
-
-
 class _Backward(torch.autograd.Function):
-    forward = staticmethod(_run_bwd)
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _bwd_eager(*inputs)
+        return dq, dk, dv
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -164,29 +155,47 @@ class _Backward(torch.autograd.Function):
 
 
 class _Forward(torch.autograd.Function):
-    """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2, with gradients through out and LSE."""
+    """FlashAttention-2 (Dao, 2023), Algorithms 1 and 2. Each output costs the host time in both
+    passes, so that out is the only one."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output: tuple[Tensor, Tensor] = _run_fwd(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _fwd_eager(*inputs)
         _setup_context(ctx, inputs, output)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        run_bwd = _Backward.apply if torch.is_grad_enabled() else _run_bwd
-        return _gradients(run_bwd, ctx, dout, dlse)
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        run_bwd = _Backward.apply if torch.is_grad_enabled() else _bwd_eager
+        try:
+            return _gradients(run_bwd, ctx, dout, dlse)
+        except RuntimeError as error:
+            _raise_named(error)
 
 
-class _TransformedForward(_Forward):
-    """The same for torch.func, which demands a setup_context; with one, every apply() inspects the
-    signature of forward, which takes longer than the operator."""
+class _ForwardWithLse(_Forward):
+    """The same with gradients through the LSE too, and with the setup_context that torch.func
+    demands."""
 
-    forward = staticmethod(_run_fwd)  # type: ignore[assignment]
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _fwd_eager(*inputs)
+
     setup_context = staticmethod(_setup_context)
 
 
-# Where torch lacks this question, the slower function serves all calls.
+def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """All that Function.apply() does outside torch.func, where this torch has it by itself: it
+    takes longer to find out that there is nothing else to do."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+_apply = _apply_of(_Forward)
+_apply_with_lse = _apply_of(_ForwardWithLse)
+
+# Where torch lacks this question, the slower apply() serves all calls.
 _inside_torch_func: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
@@ -200,8 +209,9 @@ def attention(
     window_left: int,
     window_right: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp; both are differentiable.
+    return_lse: bool,
+) -> Any:
+    """Attention and, where asked for, its log-sum-exp; both are differentiable.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
@@ -212,15 +222,22 @@ def attention(
         deterministic: gradients are the same bits whenever they are computed.
 
     Returns:
-        out, like q; softmax_lse, (batch, heads, seqlen_q), float32 (float64 for float64 inputs),
-        natural log.
+        out, like q; with return_lse (out, softmax_lse), where softmax_lse is (batch, heads,
+        seqlen_q), float32 (float64 for float64 inputs), natural log.
     """
     inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic)
     if torch.compiler.is_compiling():
-        out, softmax_lse = _fwd(*inputs)
-    elif not torch.is_grad_enabled():
-        out, softmax_lse = _run_fwd(*inputs)
-    else:
-        forward = _TransformedForward if _inside_torch_func() else _Forward
-        out, softmax_lse = forward.apply(*inputs)  # type: ignore[no-untyped-call]
-    return out, softmax_lse
+        output = _fwd(*inputs)
+        return output if return_lse else output[0]
+    try:
+        if not torch.is_grad_enabled():
+            output = _fwd_eager(*inputs)
+        elif _inside_torch_func():
+            output = _ForwardWithLse.apply(*inputs)  # type: ignore[no-untyped-call]
+        elif return_lse:
+            output = _apply_with_lse(*inputs)
+        else:
+            return _apply(*inputs)
+    except RuntimeError as error:
+        _raise_named(error)
+    return output if return_lse else output[0]

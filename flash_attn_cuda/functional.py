@@ -120,12 +120,11 @@ def flash_attn_func(
     q, k, v = _autocast(q, k, v)
     window_left, window_right = _window(causal, window_size)
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    out, softmax_lse = _ops.attention(
-        q, k, v, softmax_scale, window_left, window_right, deterministic
+    return_lse = return_lse or return_attn_probs
+    output = _ops.attention(
+        q, k, v, softmax_scale, window_left, window_right, deterministic, return_lse
     )
-    if return_attn_probs:
-        return out, softmax_lse, q.new_empty(0)
-    return (out, softmax_lse) if return_lse else out
+    return (*output, q.new_empty(0)) if return_attn_probs else output
 
 
 def flash_attn_qkvpacked_func(

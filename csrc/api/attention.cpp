@@ -146,27 +146,31 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   "(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, SymInt window_right, " \
   "bool deterministic) -> (Tensor out, Tensor softmax_lse)"
 
-// fwd and fwd_eager are the same. Python gives fwd an autograd formula, which tracing needs; eager
-// calls have theirs outside the operator, and going around a formula takes them longer than calling
-// an operator that has none.
+#define FA_BWD_SCHEMA                                                                          \
+  "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, " \
+  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic) "        \
+  "-> (Tensor dq, Tensor dk, Tensor dv)"
+
+// fwd and fwd_eager are the same, and so are bwd and bwd_eager. Python gives fwd and bwd autograd
+// formulas, which tracing needs; eager calls have theirs outside the operators, and going around a
+// formula takes them longer than calling an operator that has none.
 STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
   library.def("fwd" FA_FWD_SCHEMA);
   library.def("fwd_eager" FA_FWD_SCHEMA);
-  library.def(
-      "bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "softmax_lse, "
-      "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic) "
-      "-> (Tensor dq, Tensor dk, Tensor dv)");
+  library.def("bwd" FA_BWD_SCHEMA);
+  library.def("bwd_eager" FA_BWD_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CPU, library) {
   library.impl("fwd", TORCH_BOX(&fa::api::forward));
   library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));
   library.impl("bwd", TORCH_BOX(&fa::api::backward));
+  library.impl("bwd_eager", TORCH_BOX(&fa::api::backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CUDA, library) {
   library.impl("fwd", TORCH_BOX(&fa::api::forward));
   library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));
   library.impl("bwd", TORCH_BOX(&fa::api::backward));
+  library.impl("bwd_eager", TORCH_BOX(&fa::api::backward));
 }

@@ -79,6 +79,15 @@ def test_a_loss_of_the_lse_alone() -> None:
     assert (dv == 0).all()
 
 
+def test_asking_for_the_lse_changes_no_gradient() -> None:
+    qkv = _qkv()
+    alone = torch.autograd.grad(flash_attn_func(*qkv).square().sum(), qkv)
+    out, _ = flash_attn_func(*qkv, return_lse=True)
+    beside_lse = torch.autograd.grad(out.square().sum(), qkv)
+    for one, other in zip(alone, beside_lse, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_graph_without_gradients() -> None:
     q, k, v = (x.detach() for x in _qkv())
     assert not flash_attn_func(q, k, v).requires_grad

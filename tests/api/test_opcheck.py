@@ -43,6 +43,7 @@ def test_schema() -> None:
     assert str(ops.fwd.default._schema) == FWD_SCHEMA
     assert str(ops.fwd_eager.default._schema) == FWD_SCHEMA.replace("::fwd", "::fwd_eager")
     assert str(ops.bwd.default._schema) == BWD_SCHEMA
+    assert str(ops.bwd_eager.default._schema) == BWD_SCHEMA.replace("::bwd", "::bwd_eager")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -66,6 +67,12 @@ def test_fwd_eager(device: str, case: Case) -> None:
 def test_bwd(device: str, case: Case, dlse: bool) -> None:
     case = replace(case.on(device), dlse=dlse)
     torch.library.opcheck(torch.ops.flash_attn_cuda.bwd.default, _bwd_arguments(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bwd_eager(device: str, case: Case) -> None:
+    arguments = _bwd_arguments(case.on(device))
+    torch.library.opcheck(torch.ops.flash_attn_cuda.bwd_eager.default, arguments)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
