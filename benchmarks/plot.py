@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Draws what bench.py measured: speed by length, speed-up over standard attention, peak memory.
 
-And what traffic.py counted: bytes between DRAM and L2, and between L2 and the multiprocessors.
+And what traffic.py counted: bytes between DRAM and L2, and between L2 and the multiprocessors; and
+training.py's losses, with how far each curve is from the mean of all.
 
-python benchmarks/plot.py dense.csv memory.csv traffic.csv --out figures
+python benchmarks/plot.py dense.csv memory.csv traffic.csv training_losses.csv --out figures
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def read(paths: list[Path]) -> list[Row]:
     rows = []
     for path in paths:
         with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row["status"] == "ok"]
+            rows += [row for row in csv.DictReader(file) if row.get("status", "ok") == "ok"]
     return rows
 
 
@@ -154,6 +156,36 @@ def plot(axes: Any, points: Points, title: str, unit: str, logarithmic: bool) ->
     axes.grid(alpha=0.3)
 
 
+def draw_training(rows: list[Row]) -> Figure:
+    """The losses of a length in one panel, and what tells them apart below it."""
+    curves: dict[int, dict[str, list[float]]] = {}  # by length and attention, step by step
+    for row in rows:
+        of_length = curves.setdefault(int(row["seqlen"]), {})
+        of_length.setdefault(row["attention"], []).append(float(row["loss"]))
+    figure = Figure(figsize=(4.2 * len(curves), 5.2), layout="constrained")
+    ratios = {"squeeze": False, "sharex": True, "sharey": "row", "height_ratios": (2, 1)}
+    panels = figure.subplots(2, len(curves), **ratios)
+    for (seqlen, of_length), (losses, deviations) in zip(
+        sorted(curves.items()), panels.T, strict=True
+    ):
+        means = [statistics.fmean(x) for x in zip(*of_length.values(), strict=True)]
+        names = sorted(of_length, key=list(COLOURS).index, reverse=True)  # ours is drawn last
+        for place, name in enumerate(names):
+            width = 1 + 2 * (len(names) - 1 - place)  # so that a curve shows beneath another
+            look = {"color": COLOURS[name], "label": name}
+            losses.plot(of_length[name], linewidth=width, **look)
+            off = [x - mean for x, mean in zip(of_length[name], means, strict=True)]
+            deviations.plot(off, linewidth=1, **look)
+        losses.set(title=f"training, seqlen {seqlen}")
+        losses.legend(fontsize="small")
+        deviations.set(xlabel="step")
+        for axes in (losses, deviations):
+            axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("loss, nats per byte")
+    panels[1][0].set_ylabel("minus their mean")
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,6 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
         figure = draw([r for r in rows if r["suite"] == suite], quantity, unit, logarithmic)
         if figure is not None:
             figure.savefig(options.out / f"{name}.png", dpi=110)
+    losses = [row for row in rows if row["suite"] == "loss"]
+    if losses:
+        draw_training(losses).savefig(options.out / "training.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,13 @@ class Provider:
         """A (batch, seqlen, heads, head_dim) tensor in this provider's layout, detached."""
         return x.detach().transpose(1, 2) if self.heads_first else x.detach()
 
+    def seqlen_first(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """Attention of (batch, seqlen, heads, head_dim) tensors, whatever the provider's layout."""
+        if not self.heads_first:
+            return self.attention(q, k, v, causal)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return self.attention(*heads_first, causal).transpose(1, 2)
+
 
 def _seqlen_first(module: str, function: str = "flash_attn_func", **options: Any) -> Provider:
     attention = getattr(import_module(module), function)

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Time of a call on the device and on the host, its peak memory, and the GPU's clock and power."""
+"""Times on the device and on the host, peak memory, and the GPU's driver, clock and power."""
 
 from __future__ import annotations
 
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 Run = Callable[[], object]
+T = TypeVar("T")
 
 L2_FLUSH_BYTES = 256 * 2**20
 CPU_RUNS = 3  # at least
@@ -111,6 +114,28 @@ def host_times(
     return times[repeats:], status
 
 
+def lap_times(run: Iterable[T], device: str) -> tuple[list[T], list[float]]:
+    """What a run yields, and the milliseconds that each item took.
+
+    On CUDA by events, which leave the host free to run ahead: only the end is waited for.
+    """
+    now = _recorded if device == "cuda" else time.perf_counter
+    items, marks = [], [now()]
+    for item in run:
+        items.append(item)
+        marks.append(now())
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return items, [start.elapsed_time(end) for start, end in pairwise(marks)]
+    return items, [1e3 * (end - start) for start, end in pairwise(marks)]
+
+
+def _recorded() -> torch.cuda.Event:
+    event = _event()
+    event.record()
+    return event
+
+
 def peak_mib(run: Run, reset: Run) -> float:
     """MiB that one run on the GPU allocates beyond what was allocated before it."""
     run()
@@ -141,6 +166,15 @@ def gpu_state() -> tuple[int, float] | None:
     if library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)):
         return None
     return clock.value, milliwatts.value / 1e3
+
+
+def driver_version() -> str:
+    """Of the GPU; empty where it cannot be read."""
+    gpu = _nvml()
+    version = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    if gpu is None or gpu[0].nvmlSystemGetDriverVersion(version, len(version)):
+        return ""
+    return version.value.decode()
 
 
 @cache

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A small GPT over bytes. The one line that differs from a textbook is the call of
-flash_attn_func."""
+"""A GPT over bytes, small unless configured otherwise. The one line that differs from a textbook
+is the call of attention, which is flash_attn_func unless another is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class GPTConfig:
     heads: int = 4
     width: int = 128
     vocabulary: int = 256  # every byte is a token
+    # Of q, k, v and causal=; all tensors are (batch, seqlen, heads, head_dim).
+    attention: Callable[..., Tensor] = flash_attn_func
 
     @property
     def head_dim(self) -> int:
@@ -29,6 +32,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = config.heads, config.head_dim
+        self.attention = config.attention
         self.to_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.to_out = nn.Linear(config.width, config.width, bias=False)
 
@@ -36,8 +40,7 @@ class CausalSelfAttention(nn.Module):
         """(batch, seqlen, width) -> (batch, seqlen, width)"""
         # Views of one tensor, (batch, seqlen, heads, head_dim) each: the kernel takes any strides.
         q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, self.head_dim)).unbind(2)
-        out = flash_attn_func(rotate(q), rotate(k), v, causal=True)
-        assert isinstance(out, Tensor)
+        out = self.attention(rotate(q), rotate(k), v, causal=True)
         return self.to_out(out.flatten(2))  # type: ignore[no-any-return]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,37 +43,51 @@ class Trained:
 def train(device: str, config: TrainConfig, model_config: GPTConfig | None = None) -> Trained:
     """Train from scratch, with a progress bar; bfloat16 autocast on a GPU, float32 on the CPU."""
     try:
-        from tqdm import trange
+        from tqdm import tqdm
     except ImportError as error:
         raise RuntimeError(
             "the progress bar needs tqdm: pip install tqdm, or pass --skip-training"
         ) from error
 
     torch.manual_seed(config.seed)
-    text = standard_library_sources().to(device)
     model = GPT(model_config or GPTConfig()).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
-    mixed_precision = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-
+    run = steps(model, standard_library_sources().to(device), config)
     losses: list[float] = []
-    with trange(config.steps, desc="training", unit="step") as progress:
-        for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _schedule(step, config)
-            tokens = _batch(text, config.batch, model.config.context + 1)
-            with mixed_precision:
-                logits = model(tokens[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+    with tqdm(run, total=config.steps, desc="training", unit="step") as progress:
+        for loss in progress:
             losses.append(loss.item())
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
 
-    with mixed_precision:
+    with _mixed_precision(device):
         sample = model.generate(PROMPT, length=SAMPLE_LENGTH)
     return Trained(losses, sample.decode("utf-8", errors="replace"))
+
+
+def steps(model: GPT, text: Tensor, config: TrainConfig) -> Iterator[Tensor]:
+    """Train a model on its device, where the text is too, and yield the loss of each step.
+
+    The excerpts depend on the seed, the batch and the length alone. Nothing here waits for a GPU:
+    to read a loss, a scalar there, does.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    length = model.config.context + 1
+    shape = (config.steps, config.batch, 1)
+    starts = torch.randint(len(text) - length, shape, generator=generator).to(text.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
+    )
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config)
+        tokens = text[starts[step] + torch.arange(length, device=text.device)].long()
+        with _mixed_precision(text.device.type):
+            logits = model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.detach()
 
 
 def standard_library_sources(limit: int = 8 << 20) -> Tensor:
@@ -93,10 +108,8 @@ def standard_library_sources(limit: int = 8 << 20) -> Tensor:
     return torch.frombuffer(text, dtype=torch.uint8)
 
 
-def _batch(text: Tensor, batch: int, length: int) -> Tensor:
-    """(batch, length) of random excerpts, as int64."""
-    starts = torch.randint(len(text) - length, (batch, 1)).to(text.device)
-    return text[starts + torch.arange(length, device=text.device)].long()
+def _mixed_precision(device: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
 def _schedule(step: int, config: TrainConfig) -> float:
