@@ -4,10 +4,10 @@
 A kernel moves tiles by TMA and multiplies by wgmma, so UTMALDG and HGMMA occur in it, and neither
 HMMA, the products of older GPUs, nor LDL and STL, which are registers spilled to memory; small
 kernels around the main ones may have none of these three either. Its main loop is the shortest that
-holds both HGMMA and exponentials (MUFU): the one without masks. How many instructions it has, those included that rarely run
-because the softmax must raise its base, a budget keeps from growing unnoticed. Where it waits for
-its two products one by one (DEPBAR), the exponentials run under the second, which is before
-the last wait.
+holds both HGMMA and exponentials (MUFU): the one without masks. How many instructions it has, those
+included that rarely run because the softmax must raise its base, a budget keeps from growing
+unnoticed. Where it waits for its two products one by one (DEPBAR), the exponentials run under the
+second, which is before the last wait.
 """
 
 from __future__ import annotations
