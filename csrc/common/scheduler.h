@@ -52,7 +52,7 @@ struct TileScheduler {
   // the same length, and read no more than group heads have. tiles * group and count() must fit 32
   // bits.
   FA_HOST_DEVICE constexpr WorkTile first_first_of_group(uint32_t index, int group) const {
-    const auto group_items = static_cast<uint32_t>(tiles * group);
+    const uint32_t group_items = static_cast<uint32_t>(tiles) * static_cast<uint32_t>(group);
     const uint32_t first_head = index / group_items * static_cast<uint32_t>(group);
     const auto members = min(static_cast<uint32_t>(group),
                              static_cast<uint32_t>(int64_t{heads} * batch) - first_head);

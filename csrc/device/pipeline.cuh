@@ -44,8 +44,8 @@ class RingPosition {
   // Producer, by each thread that has written to the stage.
   FA_DEVICE void fill(Ring<kStages>& s_ring) const { ptx::mbarrier_arrive(s_ring.full[stage()]); }
 
-  // Consumer: until the tile has arrived, or the one before it, or the next one. Nobody waits for a
-  // tile before the first.
+  // Consumer: until the tile has arrived, or the one before it, or the next one. What is before the
+  // first tile counts as arrived.
   FA_DEVICE void wait(Ring<kStages>& s_ring) const { wait(s_ring, passed_); }
   FA_DEVICE void wait_previous(Ring<kStages>& s_ring) const { wait(s_ring, passed_ - 1); }
   FA_DEVICE void wait_next(Ring<kStages>& s_ring) const { wait(s_ring, passed_ + 1); }

@@ -205,7 +205,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
       device::issue_ab(r_dv, r_p_elements, s_dout, true);
       ptx::wgmma_commit();
       Dq r_dq;
-      issue_dq(r_dq);  // of the first tile a product of what lies there, which nobody takes
+      issue_dq(r_dq);  // at the first tile of whatever lies there or is being written: not taken
       ptx::wgmma_fence();
       device::issue_ab(r_dk, r_ds_elements, s_q, true);
       ptx::wgmma_commit();
@@ -240,6 +240,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
                                           params.shape.head_dim);
     };
     // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
+    ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
                   rows_of(params.dv), warpgroup_barrier);
     if (late.head >= 0) {

@@ -5,7 +5,8 @@
 //   p and ds of them, which go to the others through shared memory, transposed. It computes dq of
 //   a tile and adds it to the sums in global memory. Warpgroup 2 sums dv = p^T dout and warpgroup
 //   3 sums dk = ds^T q, with all columns as their accumulators.
-// So the exponentials of a tile run under the products of the tile before, and nobody meets.
+// So the exponentials of a tile run under the products of the tile before, and no warpgroup meets
+// another.
 //
 // The rings, with who fills them and for whom:
 //   work          warp 0        all others

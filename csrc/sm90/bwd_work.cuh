@@ -55,21 +55,20 @@ struct BwdWork {
   }
 };
 
-// The same in shared memory, with the queries that see every key of a math warpgroup.
-template <int kWarpgroups>
+// The same in shared memory, with the queries that see every key of each part of 64.
+template <int kParts>
 struct SharedBwdWork : BwdWork {
-  Range seeing_all[kWarpgroups];
+  Range seeing_all[kParts];
 
-  // By one warp, of which as many lanes write as there are math warpgroups.
+  // By one warp, of which kParts lanes write.
   FA_DEVICE void write(const BwdParams&, const BwdWork& work) {
-    const int warpgroup = ptx::lane_index();
-    if (warpgroup == 0) {
+    const int part = ptx::lane_index();
+    if (part == 0) {
       static_cast<BwdWork&>(*this) = work;
     }
-    if (warpgroup < kWarpgroups) {
-      const int first = work.first_key + warpgroup * device::kWarpgroupRows;
-      seeing_all[warpgroup] =
-          work.window.queries_seeing_all({first, first + device::kWarpgroupRows});
+    if (part < kParts) {
+      const int first = work.first_key + part * device::kWarpgroupRows;
+      seeing_all[part] = work.window.queries_seeing_all({first, first + device::kWarpgroupRows});
     }
   }
 };
