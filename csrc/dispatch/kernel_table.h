@@ -38,6 +38,8 @@ struct KernelConfig {
   // of keys and of values each, four where those of q leave room.
   static constexpr int64_t kSm90ControlBytes = 1024;
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
+  // Backward, whether dk and dv are too wide for one warpgroup.
+  constexpr bool is_wide() const { return head_dim > 128; }
   constexpr int q_stages() const { return sm90_smem_bytes(2, 2) <= kSm90Room ? 2 : 1; }
   constexpr int kv_stages() const { return sm90_smem_bytes(2, 4) <= kSm90Room ? 4 : 2; }
 
@@ -62,9 +64,9 @@ struct KernelConfig {
     }
     const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
     if (family == Family::kSm90) {
-      // The next k and v too, and ds twice, but no p; or, where head_dim is large, p and ds twice.
-      const int tiles_of_keys = head_dim <= 128 ? 4 : 2;
-      const int tiles_of_scores = head_dim <= 128 ? 2 : 4;
+      // The next k and v too, and ds twice, but no p; or, in wide rows, p and ds twice.
+      const int tiles_of_keys = is_wide() ? 2 : 4;
+      const int tiles_of_scores = is_wide() ? 4 : 2;
       return (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
               tiles_of_scores * tile_m * tile_n) *
                  element_bytes +

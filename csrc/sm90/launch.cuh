@@ -174,7 +174,8 @@ struct Registration {
       kernel.forward = launch_forward<FwdTraits<kRow>>;
       kernel.resources = forward_resources<FwdTraits<kRow>>;
     } else {
-      using Traits = std::conditional_t<(kHeadDim > 128), WideBwdTraits<kRow>, BwdTraits<kRow>>;
+      using Traits =
+          std::conditional_t<table::kRows[kRow].is_wide(), WideBwdTraits<kRow>, BwdTraits<kRow>>;
       kernel.backward = launch_backward<Traits>;
       kernel.resources = backward_resources<Traits>;
     }
