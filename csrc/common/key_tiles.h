@@ -47,4 +47,17 @@ FA_HOST_DEVICE constexpr int head_group(const Params& params, int heads, int til
   return static_cast<int>(ceil_div(all_heads, max(groups, int64_t{1})));
 }
 
+// The same where items begin in order: tiles of one head wait for each other, so the more heads the
+// better, as long as the L2 cache holds what their tiles share. Params: of a backward pass.
+template <typename Params>
+FA_HOST_DEVICE constexpr int head_group_in_order(const Params& params, int heads) {
+  constexpr int64_t kBytes = int64_t{32} << 20;
+  constexpr int kBytesPerElement = 2 + 2 + 4;  // of q, dout and the sums of dq
+  const Shape& shape = params.shape;
+  const int64_t bytes_of_head = int64_t{max(shape.seqlen_q, 1)} * shape.head_dim *
+                                kBytesPerElement * (shape.num_heads / max(heads, 1));
+  return static_cast<int>(
+      min(max(kBytes / bytes_of_head, int64_t{1}), int64_t{heads} * shape.batch));
+}
+
 }  // namespace fa

@@ -41,8 +41,11 @@ class RingPosition {
     return s_ring.full[stage()];
   }
 
-  // Producer, by each thread that has written to the stage.
+  // Producer, by each thread that has written to the stage, or to the one before it.
   FA_DEVICE void fill(Ring<kStages>& s_ring) const { ptx::mbarrier_arrive(s_ring.full[stage()]); }
+  FA_DEVICE void fill_previous(Ring<kStages>& s_ring) const {
+    ptx::mbarrier_arrive(s_ring.full[previous_stage()]);
+  }
 
   // Consumer: until the tile has arrived, or the one before it, or the next one. What is before the
   // first tile counts as arrived.

@@ -16,16 +16,14 @@
 // those of one run under the products of the other. Each adds its share to sums in global memory,
 // which flash_bwd_dq_sm90 then writes out.
 //
-// Deterministic: blocks take their work in the order in which they begin, which is by tiles of
-// keys, and add to a tile of dq in that order. A block so waits only for blocks that began before
-// it.
+// Deterministic: blocks add to a tile of dq in turn, as bwd_turns.cuh tells.
 #pragma once
 
 #include "device/mask.cuh"
-#include "device/work_order.cuh"
 #include "ptx/barrier.cuh"
 #include "sm90/bwd_dq.cuh"
 #include "sm90/bwd_load.cuh"
+#include "sm90/bwd_turns.cuh"
 #include "sm90/store.cuh"
 #include "sm90/turns.cuh"
 
@@ -44,16 +42,6 @@ struct ColumnValues {
     }
   }
   FA_DEVICE float of(int block, int i) const { return i % 2 == 0 ? r[block].x : r[block].y; }
-};
-
-// A warpgroup as the threads that add its share of a tile of dq.
-template <typename Traits>
-struct Adders {
-  static constexpr int kParts = Traits::kMathWarpgroups;
-  int thread;
-  int barrier;
-  FA_DEVICE bool leads() const { return thread == 0; }
-  FA_DEVICE void sync() const { ptx::barrier_sync<device::kWarpgroupThreads>(barrier); }
 };
 
 // A math warpgroup.
@@ -77,6 +65,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = softmax_scale * kLog2E;
+  const bool is_deterministic = params.workspace.turns != nullptr;
   const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> keys_at;
@@ -124,15 +113,17 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     };
     const auto finish_dq = [&](Dq& r_dq) {
       at.release_previous(s.ds_ring);
+      if (is_deterministic) {
+        at.wait_previous(s.turn_ring);
+      }
       const int64_t index = params.workspace.index(late.head, first_query_tile + late.tile);
-      device::InTurn in_turn(
-          params.workspace, index, Adders<Traits>{thread, warpgroup_barrier}, [&] {
-            const int first = late.tile * kTileM;
-            const Range queries = {first, min(first + kTileM, seqlen_q)};
-            return first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
-          });
       add_dq<Traits>(dq_lane<Traits>(params.workspace.dq_sum(index), warpgroup), warpgroup, r_dq);
-      in_turn.end();
+      if (is_deterministic) {
+        __syncwarp();  // all lanes have added
+        if (ptx::lane_index() == 0) {
+          at.fill_previous(s.added_ring);
+        }
+      }
     };
 
     if (!tiles.done()) {
@@ -274,7 +265,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dk, &maps.dv}) {
       ptx::prefetch_tensor_map(map);
     }
-    s.work_ring.init(Traits::kMathWarps + 1, Traits::kMathWarpgroups);  // 1: to load queries
+    const int helpers = params.workspace.turns != nullptr ? 3 : 1;  // load queries, keep turns
+    s.work_ring.init(Traits::kMathWarps + helpers, Traits::kMathWarpgroups);
+    s.turn_ring.init(1);
+    s.added_ring.init(1, Traits::kMathWarps);
     s.may_take.init(1);
     s.keys_ring.init(Traits::kMathWarps);
     s.q_ring.init(Traits::kMathWarps);
@@ -293,6 +287,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_keys<Traits>(params, maps, schedule, s);
     } else if (ptx::warp_index() == 1) {
       load_queries<Traits>(params, maps, s);
+    } else if (params.workspace.turns != nullptr) {
+      keep_turns<Traits>(params, s, ptx::warp_index() == 2);
     }
   } else {
     ptx::grow_registers<Traits::kMathRegisters>();

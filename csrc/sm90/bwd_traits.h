@@ -88,7 +88,9 @@ struct BwdTraits {
     device::Ring<kBwdStages> q_ring;  // and statistics
     device::Ring<kBwdStages> dout_ring;
     device::Ring<kBwdStages> ds_ring;
-    device::Ring<1> landings[2];  // of the two warps that load
+    device::Ring<kBwdStages> turn_ring;   // to add to dq
+    device::Ring<kBwdStages> added_ring;  // to dq
+    device::Ring<1> landings[2];          // of the two warps that load
     SharedBwdWork<kMathWarpgroups> work[kWorkStages];
   };
   static_assert(sizeof(Keys) % 1024 == 0 && sizeof(Rows<kTileM>) % 1024 == 0);

@@ -183,10 +183,8 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);
-      device::begin_turn(params.workspace.turn(index_of(tile)), DqAdders{thread}, [&] {
-        const Range queries = {first_query, min(first_query + kTileM, s_work.queries.length)};
-        return s_work.first_key / kTileN - s_work.window.keys_seen_by_any(queries).begin / kTileN;
-      });
+      device::begin_turn(params.workspace.turn(index_of(tile)), DqAdders{thread},
+                         [&] { return s_work.template turn<kTileM, kTileN>(tile.tile); });
       tiles.advance();
       // Ahead of the additions, for they hold up what waits after them.
       if (!tiles.done()) {

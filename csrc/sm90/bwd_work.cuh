@@ -21,7 +21,9 @@ struct BwdWork {
   template <int kTileM, int kTileN>
   static FA_DEVICE BwdWork of_item(const BwdParams& params, const Schedule& schedule,
                                    uint32_t index) {
-    const WorkTile tile = schedule.tiles.first_first_of_group(index, schedule.head_group);
+    const WorkTile tile = schedule.in_order
+                              ? schedule.tiles.last_first_of_group(index, schedule.head_group)
+                              : schedule.tiles.first_first_of_group(index, schedule.head_group);
     const Sequence queries = params.queries.at(tile.batch, params.shape.seqlen_q);
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
     const WindowMask window = params.window.over(queries.length, keys.length);
@@ -41,6 +43,15 @@ struct BwdWork {
   }
   FA_DEVICE int batch_of_keys(const BwdParams& params) const {
     return params.keys.cu_seqlens == nullptr ? tile.batch : 0;
+  }
+
+  // Where items begin in order: how many of them add to a tile of queries of this sequence before
+  // this one, those of the keys behind its own. Under a causal mask each so begins at the tile that
+  // it is the first to add to.
+  template <int kTileM, int kTileN>
+  FA_DEVICE int turn(int query_tile) const {
+    const Range queries = {query_tile * kTileM, (query_tile + 1) * kTileM};
+    return (window.keys_seen_by_any(queries).end - 1) / kTileN - first_key / kTileN;
   }
 
   FA_DEVICE bool exists() const { return first_key < keys.length; }

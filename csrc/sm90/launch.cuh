@@ -64,12 +64,9 @@ Schedule make_schedule(const Params& params, const char* name, int tiles, int ti
   const int64_t items = scheduler.count();
   check(items <= most_items, ErrorKind::kNotImplemented, name, ": expected at most ", most_items,
         " tiles of ", tile_rows, " rows in all heads and batch entries, got ", items);
-  // In order, tiles of as many heads as possible come together: of one head they wait for each
-  // other.
-  const int64_t all_heads = min(int64_t{heads} * params.shape.batch, int64_t{INT32_MAX});
   return {.tiles = scheduler,
           .items = static_cast<uint32_t>(items),
-          .head_group = in_order ? static_cast<int>(all_heads)
+          .head_group = in_order ? head_group_in_order(params, heads)
                                  : head_group(params, heads, tiles, most_blocks),
           .counter = in_order || items > most_blocks ? support::work_counter(stream) : nullptr,
           .in_order = in_order};

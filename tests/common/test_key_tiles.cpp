@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // KeyTiles names all tiles that queries see and no mask is missing, for every warpgroup of every
 // Hopper row and many geometries. What the warpgroups of a block see differs by as little as the
-// rings of that kernel need. head_group makes groups of equal size with work for all blocks.
+// rings of that kernel need. head_group makes groups of equal size with work for all blocks, and
+// head_group_in_order as large ones as the L2 cache holds. The tiles of keys that add to a tile of
+// dq are the ones up to the last that it sees, which is how Hopper's blocks know their turn.
 #include "common/key_tiles.h"
 
 #include <cstdint>
@@ -83,6 +85,31 @@ void check_groups(FwdParams params, int tiles, int blocks) {
   }
 }
 
+void check_turns(const WindowMask& window, int tile_m, int tile_n) {
+  for (int tile = 0; tile * tile_m < window.seqlen_q(); ++tile) {
+    const Range keys = window.keys_seen_by_any({tile * tile_m, (tile + 1) * tile_m});
+    int adders = 0;
+    for (int key_tile = (window.seqlen_k() - 1) / tile_n; key_tile >= 0; --key_tile) {
+      const Range queries = window.queries_seeing_any({key_tile * tile_n, (key_tile + 1) * tile_n});
+      if (!queries.empty() && queries.begin / tile_m <= tile &&
+          tile < fa::ceil_div(queries.end, tile_m)) {
+        FA_EXPECT_EQ((keys.end - 1) / tile_n - key_tile, adders, "tile", tile);
+        ++adders;
+      }
+    }
+  }
+}
+
+void check_group_in_order(const FwdParams& params, int heads) {
+  const int64_t all_heads = int64_t{heads} * params.shape.batch;
+  const int64_t group = fa::head_group_in_order(params, heads);
+  FA_EXPECT(1 <= group && group <= all_heads, "group", group, "heads", all_heads);
+  const int64_t bytes =
+      int64_t{8} * params.shape.seqlen_q * params.shape.head_dim * (params.shape.num_heads / heads);
+  FA_EXPECT(group == 1 || group * bytes <= int64_t{32} << 20, "group", group);
+  FA_EXPECT(group == all_heads || (group + 1) * bytes > int64_t{32} << 20, "group", group);
+}
+
 FwdParams params_of(int batch, int heads, int seqlen, bool causal) {
   return {.shape = {batch, heads, heads, seqlen, seqlen, 128},
           .window = WindowMask(seqlen, seqlen, -1, causal ? 0 : -1),
@@ -111,6 +138,9 @@ int main() {
             for (int tile = 0; tile * tiling.tile_m < seqlen_q; ++tile) {
               check_skips(window, fa::queries_of_tile(tile, seqlen_q, tiling.tile_m), tiling);
             }
+            check_turns(window, 64, 128);
+            check_turns(window, 128, 128);
+            check_turns(window, 64, 64);
           }
         }
       }
@@ -122,6 +152,8 @@ int main() {
         for (const int tiles : {1, 2, 7, 86, 1 << 22}) {
           check_groups(params_of(batch, heads, tiles * 128 - 5, false), tiles, blocks);
           check_groups(params_of(batch, heads, tiles * 128 - 5, true), tiles, blocks);
+          check_group_in_order(params_of(batch, heads, tiles * 128 - 5, true), heads);
+          check_group_in_order(params_of(batch, heads, tiles * 128 - 5, true), 1);
         }
       }
     }

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from flash_attn_cuda import flash_attn_func
 
@@ -57,3 +58,31 @@ def test_cuda_memory_is_linear_in_seqlen(backward: bool) -> None:
     if backward:
         out.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < ALLOWED_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_backward_needs_sums_of_dq_and_two_vectors(head_dim: int, deterministic: bool) -> None:
+    seqlen, heads = 4096, 4
+    rows = seqlen * heads
+    q, k, v, dout = (
+        torch.randn(1, seqlen, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+    step()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = step()
+    kept = sum(x.numel() * x.element_size() for x in gradients)
+    turns = 4 * rows // 64 if deterministic else 0
+    needed = 4 * rows * head_dim + 2 * 4 * rows + turns
+    slack = 4 * 512  # the allocator rounds up
+    assert torch.cuda.max_memory_allocated() - before <= kept + needed + slack
+    assert torch.cuda.memory_allocated() - before <= kept

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -123,3 +125,31 @@ def test_by_default_all_but_dq_are_the_same_bits(
                 assert_within_bound(name, actual, expected.values[name], expected.bounds[name])
             else:
                 assert_bitwise_equal(name, actual, once)
+
+
+PRINT_DIGESTS = """
+import hashlib
+
+import torch
+
+from tests.kernels.test_repeat import CASES, _step
+from tests.support.cases import make_inputs
+
+for case in CASES:
+    results = _step(case, make_inputs(case), deterministic=True)
+    digest = hashlib.sha256()
+    for x in results:
+        digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    print(case, digest.hexdigest())
+"""
+
+
+def test_deterministic_results_are_the_same_bits_in_every_process() -> None:
+    def digests() -> list[str]:
+        command = [sys.executable, "-c", PRINT_DIGESTS]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    first, second = digests(), digests()
+    assert len(first) == len(CASES)
+    assert first == second
