@@ -15,7 +15,8 @@ namespace fa::sm90 {
 // are counters in global memory, and one passes them on. A stage of s.turn_ring is full when it is
 // this block's turn to add to a tile, and one of s.added_ring when all have added, until the turn
 // has been passed on. So those who add wait neither for global memory to answer nor for their
-// additions to arrive there.
+// additions to arrive there. In a pass that is not deterministic it is always their turn: kernels
+// whose products leave no room for a branch ask all the same.
 template <typename Traits>
 FA_DEVICE void keep_turns(const BwdParams& params, typename Traits::SharedMemory& s, bool begins) {
   device::RingPosition<kWorkStages> work_at;
@@ -35,14 +36,18 @@ FA_DEVICE void keep_turns(const BwdParams& params, typename Traits::SharedMemory
         continue;
       }
       if (begins) {
-        const int turn = s_work.template turn<Traits::kTileM, Traits::kTileN>(tile.tile);
         at.wait_empty(s.added_ring);
-        while (ptx::load_acquire(g_turn) < turn) {
+        if (g_turn != nullptr) {
+          const int turn = s_work.template turn<Traits::kTileM, Traits::kTileN>(tile.tile);
+          while (ptx::load_acquire(g_turn) < turn) {
+          }
         }
         at.fill(s.turn_ring);
       } else {
         at.wait(s.added_ring);
-        ptx::add_release(g_turn, 1);
+        if (g_turn != nullptr) {
+          ptx::add_release(g_turn, 1);
+        }
         at.release(s.added_ring);
       }
     }

@@ -15,7 +15,9 @@
 //   dout          warp 1        warpgroups 1 and 2
 //   p             warpgroup 1   warpgroup 2
 //   ds            warpgroup 1   warpgroup 3, and 1 itself, which meets for that
-// The last four have a stage for each tile of queries and advance together.
+//   turn          warp 2        warpgroup 1, to add to dq
+//   added         warpgroup 1   warp 3
+// The last six have a stage for each tile of queries and advance together.
 //
 // Additions to global memory leave at half the rate of the products that they come from, and hold
 // their registers until they have left. So dq is computed in two shares of columns. The first is in
@@ -27,21 +29,12 @@
 
 #include "device/mask.cuh"
 #include "device/store_rows.cuh"
-#include "device/work_order.cuh"
 #include "ptx/barrier.cuh"
 #include "sm90/bwd_dq.cuh"
+#include "sm90/bwd_turns.cuh"
 #include "sm90/bwd_wide_load.cuh"
 
 namespace fa::sm90 {
-
-// The warpgroup that adds to a tile of dq.
-struct DqAdders {
-  static constexpr int kParts = 1;
-  static constexpr int kBarrier = 1;
-  int thread;
-  FA_DEVICE bool leads() const { return thread == 0; }
-  FA_DEVICE void sync() const { ptx::barrier_sync<device::kWarpgroupThreads>(kBarrier); }
-};
 
 // By all lanes of each warp that has written its part of a stage: shows it to wgmma of others.
 template <int kStages>
@@ -62,7 +55,7 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
   constexpr int kHeadDim = Traits::kHeadDim;
-  constexpr int kBarrier = DqAdders::kBarrier;
+  constexpr int kBarrier = 1;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   const int warp_row = ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
@@ -101,7 +94,10 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
     // Of the tile before the current one.
     const auto add_last_dq = [&] {
       add_dq<Traits>(g_dq + kFloatsOfDqShare<Traits>, 1, r_last_dq);
-      device::end_turn(params.workspace.turn(index_of(tiles.current()) - step), DqAdders{thread});
+      __syncwarp();  // all lanes have added
+      if (ptx::lane_index() == 0) {
+        at.fill_previous(s.added_ring);
+      }
     };
     at.wait(s.q_ring);
     for (; !tiles.done(); at.advance()) {
@@ -183,8 +179,7 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);
-      device::begin_turn(params.workspace.turn(index_of(tile)), DqAdders{thread},
-                         [&] { return s_work.template turn<kTileM, kTileN>(tile.tile); });
+      at.wait(s.turn_ring);
       tiles.advance();
       // Ahead of the additions, for they hold up what waits after them.
       if (!tiles.done()) {
@@ -262,8 +257,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout}) {
       ptx::prefetch_tensor_map(map);
     }
-    constexpr int kOne = Traits::kWarpgroupWarps;                       // the warps of one
-    s.work_ring.init(Traits::kMathWarps + 1, Traits::kMathWarpgroups);  // 1: to load queries
+    constexpr int kOne = Traits::kWarpgroupWarps;  // the warps of one
+    constexpr int kHelpers = 3;                    // load queries, keep turns
+    s.work_ring.init(Traits::kMathWarps + kHelpers, Traits::kMathWarpgroups);
+    s.turn_ring.init(1);
+    s.added_ring.init(1, kOne);
     s.may_take.init(1);
     s.k_ring.init(kOne);
     s.v_ring.init(kOne);
@@ -284,6 +282,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_wide_keys<Traits>(params, maps, schedule, s);
     } else if (ptx::warp_index() == 1) {
       load_queries<Traits>(params, maps, s);
+    } else {
+      keep_turns<Traits>(params, s, ptx::warp_index() == 2);
     }
   } else if (warpgroup == 1) {
     ptx::grow_registers<Traits::kScoreRegisters>();

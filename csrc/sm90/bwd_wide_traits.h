@@ -67,7 +67,9 @@ struct WideBwdTraits {
     device::Ring<kBwdStages> dout_ring;
     device::Ring<kBwdStages> p_ring;
     device::Ring<kBwdStages> ds_ring;
-    device::Ring<1> landings[2];  // of the two warps that load
+    device::Ring<kBwdStages> turn_ring;   // to add to dq
+    device::Ring<kBwdStages> added_ring;  // to dq
+    device::Ring<1> landings[2];          // of the two warps that load
     SharedBwdWork<1> work[kWorkStages];
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(ScoreTile) % 1024 == 0);
