@@ -27,55 +27,34 @@ FA_DEVICE WorkTile take_work(const TileScheduler& scheduler, const BwdWorkspace&
   return uniform(scheduler.heads_first(s_ticket));
 }
 
-// The threads that add to a tile together: all of the block, or a part of kParts that each add on
-// their own.
-struct WholeBlock {
-  static constexpr int kParts = 1;
-  FA_DEVICE bool leads() const { return threadIdx.x == 0; }
-  FA_DEVICE void sync() const { __syncthreads(); }
-};
-
-// Between begin_turn() and end_turn() it is these threads' turn to add to a tile: rank() blocks
-// have added all of theirs before. Both do nothing where the pass is not deterministic and turn
-// null.
-template <typename Threads, typename Rank>
-FA_DEVICE void begin_turn(const int* turn, const Threads& threads, Rank&& rank) {
-  if (turn != nullptr) {
-    if (threads.leads()) {
-      const int before = Threads::kParts * rank();
-      while (ptx::load_acquire(turn) < before) {
-      }
-    }
-    threads.sync();
-  }
-}
-
-template <typename Threads>
-FA_DEVICE void end_turn(int* turn, const Threads& threads) {
-  if (turn != nullptr) {
-    threads.sync();  // what all have added goes with the leader's release
-    if (threads.leads()) {
-      ptx::add_release(turn, 1);
-    }
-  }
-}
-
-// The same between construction and end().
-template <typename Threads>
+// Between construction and end() it is this block's turn to add to a tile: rank() blocks have added
+// all of theirs before. Does nothing where the pass is not deterministic.
 class InTurn {
  public:
   template <typename Rank>
-  FA_DEVICE InTurn(const BwdWorkspace& workspace, int64_t index, const Threads& threads,
-                   Rank&& rank)
-      : turn_(workspace.turn(index)), threads_(threads) {
-    begin_turn(turn_, threads_, rank);
+  FA_DEVICE InTurn(const BwdWorkspace& workspace, int64_t index, Rank&& rank)
+      : turn_(workspace.turn(index)) {
+    if (turn_ != nullptr) {
+      if (threadIdx.x == 0) {
+        const int before = rank();
+        while (ptx::load_acquire(turn_) < before) {
+        }
+      }
+      __syncthreads();
+    }
   }
 
-  FA_DEVICE void end() { end_turn(turn_, threads_); }
+  FA_DEVICE void end() {
+    if (turn_ != nullptr) {
+      __syncthreads();  // what all have added goes with this thread's release
+      if (threadIdx.x == 0) {
+        ptx::add_release(turn_, 1);
+      }
+    }
+  }
 
  private:
   int* turn_;
-  Threads threads_;
 };
 
 }  // namespace fa::device

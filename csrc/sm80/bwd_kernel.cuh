@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
 
     const int64_t index = workspace.index(at.head, first_tile + at.tile);
-    device::InTurn in_turn(workspace, index, device::WholeBlock(), [&] {
+    device::InTurn in_turn(workspace, index, [&] {
       return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
     });
 #pragma unroll

@@ -5,10 +5,10 @@
 // As many blocks as multiprocessors take tiles of keys of one head until none is left, and walk the
 // tiles of queries that see them, of every head of queries that shares those keys. In a block,
 //   warpgroup 0 loads: one of its warps takes the work, tells of it through a ring, and has TMA
-//   copy keys and values. Another has TMA copy queries, dout and their rows' statistics. The
-//   others compute: each owns 64 keys, whose dk and dv are its accumulators. It has scores and ds
-//   transposed, (keys, queries), so that p and ds go from accumulators to A operands without
-//   leaving the lane.
+//   copy keys and values. Another has TMA copy queries, dout and their rows' statistics. Two keep
+//   the turns to add to dq, if there are any. The other warpgroups compute: each owns 64 keys,
+//   whose dk and dv are its accumulators. It has scores and ds transposed, (keys, queries), so that
+//   p and ds go from accumulators to A operands without leaving the lane.
 //
 // For dq, ds of all keys comes together in shared memory, in a ring that both math warpgroups fill.
 // Each takes its share of a tile's dq from there a tile late, when the other has long written its

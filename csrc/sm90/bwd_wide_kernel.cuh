@@ -53,7 +53,6 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
   using Element = typename Traits::Element;
   using Scores = typename Traits::Scores;
   constexpr int kTileM = Traits::kTileM;
-  constexpr int kTileN = Traits::kTileN;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kBarrier = 1;
 
