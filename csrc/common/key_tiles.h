@@ -47,8 +47,17 @@ FA_HOST_DEVICE constexpr int head_group(const Params& params, int heads, int til
   return static_cast<int>(ceil_div(all_heads, max(groups, int64_t{1})));
 }
 
-// The same where items begin in order: tiles of one head wait for each other, so the more heads the
-// better, as long as the L2 cache holds what their tiles share. Params: of a backward pass.
+// Where tiles of keys add to what the tiles of queries that see them share, from the last one of a
+// head to the first: how many add to a tile of queries before this one does. So under a causal mask
+// each is the first at the tile that it begins with.
+FA_HOST_DEVICE constexpr int turn_of_key_tile(const WindowMask& window, int query_tile, int tile_m,
+                                              int key_tile, int tile_n) {
+  const Range queries = {query_tile * tile_m, (query_tile + 1) * tile_m};
+  return (window.keys_seen_by_any(queries).end - 1) / tile_n - key_tile;
+}
+
+// head_group where items begin in order: tiles of one head wait for each other, so the more heads
+// the better, as long as the L2 cache holds what their tiles share. Params: of a backward pass.
 template <typename Params>
 FA_HOST_DEVICE constexpr int head_group_in_order(const Params& params, int heads) {
   constexpr int64_t kBytes = int64_t{32} << 20;

@@ -4,6 +4,7 @@
 // a tile of dq in that order. A block so waits only for blocks that began before it.
 #pragma once
 
+#include "common/key_tiles.h"
 #include "common/params.h"
 #include "device/pipeline.cuh"
 #include "ptx/reduce.cuh"
@@ -38,7 +39,8 @@ FA_DEVICE void keep_turns(const BwdParams& params, typename Traits::SharedMemory
       if (begins) {
         at.wait_empty(s.added_ring);
         if (g_turn != nullptr) {
-          const int turn = s_work.template turn<Traits::kTileM, Traits::kTileN>(tile.tile);
+          const int turn = turn_of_key_tile(s_work.window, tile.tile, Traits::kTileM,
+                                            s_work.first_key / Traits::kTileN, Traits::kTileN);
           while (ptx::load_acquire(g_turn) < turn) {
           }
         }

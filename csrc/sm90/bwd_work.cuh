@@ -45,15 +45,6 @@ struct BwdWork {
     return params.keys.cu_seqlens == nullptr ? tile.batch : 0;
   }
 
-  // Where items begin in order: how many of them add to a tile of queries of this sequence before
-  // this one, those of the keys behind its own. Under a causal mask each so begins at the tile that
-  // it is the first to add to.
-  template <int kTileM, int kTileN>
-  FA_DEVICE int turn(int query_tile) const {
-    const Range queries = {query_tile * kTileM, (query_tile + 1) * kTileM};
-    return (window.keys_seen_by_any(queries).end - 1) / kTileN - first_key / kTileN;
-  }
-
   FA_DEVICE bool exists() const { return first_key < keys.length; }
 
   // Stands behind the last item.
