@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "common/score_rules.h"
 #include "common/seqlen.h"
+#include "common/tile_map.h"
 #include "common/types.h"
 #include "common/window.h"
 #include "common/workspace.h"
@@ -36,7 +38,8 @@ struct Shape {
   int num_heads_kv;  // of keys and values
   int seqlen_q;
   int seqlen_k;
-  int head_dim;
+  int head_dim;    // of queries and keys
+  int head_dim_v;  // of values and out
 
   FA_HOST_DEVICE constexpr int group_size() const { return num_heads / num_heads_kv; }
 };
@@ -55,19 +58,22 @@ struct RowStatistics {
 };
 
 // Row statistics (softmax_lse and its kin) are float, or double where the inputs are double.
-// Without sequences of their own all batch entries have the lengths of the shape; with them, those
-// are the longest, and the window is that of the longest.
+// Without sequences of their own all batch entries have the lengths of the shape. With them none is
+// longer, and the window is that of sequences of those lengths; of packed ones the shape may have
+// all rows.
 struct FwdParams {
   Shape shape;
   WindowMask window;
   double softmax_scale;
   TensorView q;               // (batch, seqlen_q, num_heads, head_dim)
   TensorView k;               // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView out;             // (batch, seqlen_q, num_heads, head_dim)
+  TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim_v)
+  TensorView out;             // (batch, seqlen_q, num_heads, head_dim_v)
   RowStatistics softmax_lse;  // natural log; -inf for a row that sees no key
   Sequences queries = {};
   Sequences keys = {};
+  ScoreRules rules = {};  // of rows whose score mode is general
+  TileMap tile_map = {};  // workspace of the CUDA families, where data hide keys
 };
 
 struct BwdParams {
@@ -76,18 +82,23 @@ struct BwdParams {
   double softmax_scale;
   TensorView q;               // (batch, seqlen_q, num_heads, head_dim)
   TensorView k;               // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView out;             // (batch, seqlen_q, num_heads, head_dim)
-  TensorView dout;            // (batch, seqlen_q, num_heads, head_dim)
+  TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim_v)
+  TensorView out;             // (batch, seqlen_q, num_heads, head_dim_v)
+  TensorView dout;            // (batch, seqlen_q, num_heads, head_dim_v)
   TensorView dq;              // (batch, seqlen_q, num_heads, head_dim)
   TensorView dk;              // (batch, seqlen_k, num_heads_kv, head_dim)
-  TensorView dv;              // (batch, seqlen_k, num_heads_kv, head_dim)
+  TensorView dv;              // (batch, seqlen_k, num_heads_kv, head_dim_v)
   RowStatistics softmax_lse;  // from the forward pass
   RowStatistics dlse;         // gradient of softmax_lse; null: none reaches it
   RowStatistics delta;        // workspace of the CPU family: rowsum(dout * out) - dlse
   BwdWorkspace workspace;     // of the CUDA families
   Sequences queries = {};
   Sequences keys = {};
+  ScoreRules rules = {};  // of rows whose score mode is general
+  TileMap tile_map = {};  // workspace of the CUDA families, where data hide keys
+  // Gradient of the bias, summed over what was broadcast there; null: not asked for. Strides of
+  // dimensions of size 1 are 0. Of the bias's dtype.
+  ScoreTensor dbias = {};
 };
 
 }  // namespace fa

@@ -41,6 +41,22 @@ struct Sequences {
                : static_cast<int64_t>(batch) * ((seqlen + tile_rows - 1) / tile_rows);
   }
 
+  // The sequence and its tile that have a number; the tile may lie past the sequence's end, where
+  // no sequence has that number. By bisection: first_tile() rises from each sequence to the next.
+  struct NumberedTile {
+    int batch;
+    int tile;
+  };
+  FA_HOST_DEVICE constexpr NumberedTile tile_of_number(int64_t number, int batch, int seqlen,
+                                                       int tile_rows) const {
+    int found = 0;
+    for (int end = batch; end - found > 1;) {
+      const int middle = found + (end - found) / 2;
+      (first_tile(middle, seqlen, tile_rows) <= number ? found : end) = middle;
+    }
+    return {found, static_cast<int>(number - first_tile(found, seqlen, tile_rows))};
+  }
+
   // How many tiles first_tile() may number. total_rows: of the packed tensor.
   FA_HOST_DEVICE constexpr int64_t count_tiles(int batch, int64_t total_rows, int seqlen,
                                                int tile_rows) const {

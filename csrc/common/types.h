@@ -16,6 +16,9 @@ enum class Pass { kForward, kBackward };
 // kFull: every query sees every key. kWindow: a bottom-right aligned band; causal is one such band.
 enum class MaskMode { kFull, kWindow };
 
+// kPlain: scores are softmax_scale * q k^T. kGeneral: with the rules of common/score_rules.h.
+enum class ScoreMode { kPlain, kGeneral };
+
 // A set of kernels that share an instruction set; see dispatch/kernel_table.h.
 enum class Family { kCpu, kSm80, kSm90 };
 
@@ -35,6 +38,10 @@ constexpr const char* name_of(Dtype dtype) {
 
 constexpr const char* name_of(Pass pass) { return pass == Pass::kForward ? "fwd" : "bwd"; }
 constexpr const char* name_of(MaskMode mask) { return mask == MaskMode::kFull ? "full" : "window"; }
+
+constexpr const char* name_of(ScoreMode score) {
+  return score == ScoreMode::kPlain ? "plain" : "general";
+}
 
 constexpr const char* name_of(Family family) {
   switch (family) {

@@ -18,12 +18,13 @@ struct KernelConfig {
   Family family;
   Pass pass;
   Dtype dtype;
-  int head_dim;   // the largest this row runs; a smaller one is zero-filled in shared memory
-  MaskMode mask;  // a kWindow row runs full attention too
-  int tile_m;     // queries
-  int tile_n;     // keys
-  int warps;      // of a thread block; 0 on the CPU
-  int blocks;     // thread blocks that share a multiprocessor
+  int head_dim;     // the largest this row runs, of q, k and v; smaller ones are zero-filled
+  MaskMode mask;    // a kWindow row runs full attention too
+  ScoreMode score;  // a kGeneral row runs plain scores too
+  int tile_m;       // queries
+  int tile_n;       // keys
+  int warps;        // of a thread block; 0 on the CPU
+  int blocks;       // thread blocks that share a multiprocessor
 
   constexpr int threads() const { return 32 * warps; }
 
@@ -86,8 +87,9 @@ struct KernelConfig {
   // For example flash_fwd_sm80_bfloat16_d64_window_128x64.
   std::string name() const {
     return std::string("flash_") + name_of(pass) + "_" + name_of(family) + "_" + name_of(dtype) +
-           "_d" + std::to_string(head_dim) + "_" + name_of(mask) + "_" + std::to_string(tile_m) +
-           "x" + std::to_string(tile_n);
+           "_d" + std::to_string(head_dim) + "_" + name_of(mask) +
+           (score == ScoreMode::kGeneral ? "_general" : "") + "_" + std::to_string(tile_m) + "x" +
+           std::to_string(tile_n);
   }
 
  private:
@@ -104,101 +106,102 @@ using enum Family;
 using enum Pass;
 using enum Dtype;
 using enum MaskMode;
+using enum ScoreMode;
 
 // clang-format off
 inline constexpr KernelConfig kRows[] = {
-  // family  pass       dtype     head_dim  mask  tile_m tile_n warps blocks
+  // family  pass       dtype     head_dim  mask   score  tile_m tile_n warps blocks
   // For Hopper alone, which runs every row of sm80 too.
-  {kSm90, kForward,  kBFloat16,  64, kWindow,  192,  128, 16, 1},
-  {kSm90, kForward,  kFloat16,   64, kWindow,  192,  128, 16, 1},
-  {kSm90, kForward,  kBFloat16,  96, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kFloat16,   96, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kBFloat16, 128, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kFloat16,  128, kWindow,  128,  128, 12, 1},
-  {kSm90, kForward,  kBFloat16, 192, kWindow,  128,  112, 12, 1},
-  {kSm90, kForward,  kFloat16,  192, kWindow,  128,  112, 12, 1},
-  {kSm90, kForward,  kBFloat16, 256, kWindow,  128,   80, 12, 1},
-  {kSm90, kForward,  kFloat16,  256, kWindow,  128,   80, 12, 1},
+  {kSm90, kForward,  kBFloat16,  64, kWindow, kPlain,    192,  128, 16, 1},
+  {kSm90, kForward,  kFloat16,   64, kWindow, kPlain,    192,  128, 16, 1},
+  {kSm90, kForward,  kBFloat16,  96, kWindow, kPlain,    128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,   96, kWindow, kPlain,    128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 128, kWindow, kPlain,    128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,  128, kWindow, kPlain,    128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 192, kWindow, kPlain,    128,  112, 12, 1},
+  {kSm90, kForward,  kFloat16,  192, kWindow, kPlain,    128,  112, 12, 1},
+  {kSm90, kForward,  kBFloat16, 256, kWindow, kPlain,    128,   80, 12, 1},
+  {kSm90, kForward,  kFloat16,  256, kWindow, kPlain,    128,   80, 12, 1},
 
-  {kSm90, kBackward, kBFloat16,  64, kWindow,  128,  128, 12, 1},
-  {kSm90, kBackward, kFloat16,   64, kWindow,  128,  128, 12, 1},
-  {kSm90, kBackward, kBFloat16,  96, kWindow,   64,  128, 12, 1},
-  {kSm90, kBackward, kFloat16,   96, kWindow,   64,  128, 12, 1},
-  {kSm90, kBackward, kBFloat16, 128, kWindow,   64,  128, 12, 1},
-  {kSm90, kBackward, kFloat16,  128, kWindow,   64,  128, 12, 1},
-  {kSm90, kBackward, kBFloat16, 192, kWindow,   64,   64, 16, 1},
-  {kSm90, kBackward, kFloat16,  192, kWindow,   64,   64, 16, 1},
-  {kSm90, kBackward, kBFloat16, 256, kWindow,   64,   64, 16, 1},
-  {kSm90, kBackward, kFloat16,  256, kWindow,   64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16,  64, kWindow, kPlain,    128,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   64, kWindow, kPlain,    128,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16,  96, kWindow, kPlain,     64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   96, kWindow, kPlain,     64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 128, kWindow, kPlain,     64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,  128, kWindow, kPlain,     64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 192, kWindow, kPlain,     64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  192, kWindow, kPlain,     64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16, 256, kWindow, kPlain,     64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  256, kWindow, kPlain,     64,   64, 16, 1},
 
   // For every GPU from Ampere on.
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,  128,  4, 2},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,  128,  4, 2},
-  {kSm80, kForward,  kBFloat16,  64, kWindow,  128,   64,  4, 2},
-  {kSm80, kForward,  kFloat16,   64, kWindow,  128,   64,  4, 2},
-  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   64,  4, 2},
-  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   64,  4, 2},
-  {kSm80, kForward,  kBFloat16,  96, kWindow,  128,   32,  4, 1},
-  {kSm80, kForward,  kFloat16,   96, kWindow,  128,   32,  4, 1},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   64,  4, 2},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   64,  4, 2},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,  128,   32,  4, 2},
-  {kSm80, kForward,  kFloat16,  128, kWindow,  128,   32,  4, 2},
-  {kSm80, kForward,  kBFloat16, 128, kWindow,   64,   32,  4, 2},
-  {kSm80, kForward,  kFloat16,  128, kWindow,   64,   32,  4, 2},
-  {kSm80, kForward,  kBFloat16, 192, kWindow,  128,   64,  8, 1},
-  {kSm80, kForward,  kFloat16,  192, kWindow,  128,   64,  8, 1},
-  {kSm80, kForward,  kBFloat16, 192, kWindow,   64,   32,  4, 1},
-  {kSm80, kForward,  kFloat16,  192, kWindow,   64,   32,  4, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   64,  8, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   64,  8, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,  128,   32,  8, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,  128,   32,  8, 1},
-  {kSm80, kForward,  kBFloat16, 256, kWindow,   32,   32,  4, 1},
-  {kSm80, kForward,  kFloat16,  256, kWindow,   32,   32,  4, 1},
-  {kSm80, kForward,  kBFloat16, 512, kWindow,   64,   32,  8, 1},
-  {kSm80, kForward,  kFloat16,  512, kWindow,   64,   32,  8, 1},
-  {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   32,  4, 1},
-  {kSm80, kForward,  kFloat16,  512, kWindow,   32,   32,  4, 1},
-  {kSm80, kForward,  kBFloat16, 512, kWindow,   32,   16,  4, 1},
-  {kSm80, kForward,  kFloat16,  512, kWindow,   32,   16,  4, 1},
+  {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow, kPlain,    128,  128,  4, 2},
+  {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,   64, kWindow, kPlain,    128,   64,  4, 2},
+  {kSm80, kForward,  kBFloat16,  96, kWindow, kPlain,    128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,   96, kWindow, kPlain,    128,   64,  4, 2},
+  {kSm80, kForward,  kBFloat16,  96, kWindow, kPlain,    128,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,   96, kWindow, kPlain,    128,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 128, kWindow, kPlain,    128,   64,  4, 2},
+  {kSm80, kForward,  kFloat16,  128, kWindow, kPlain,    128,   64,  4, 2},
+  {kSm80, kForward,  kBFloat16, 128, kWindow, kPlain,    128,   32,  4, 2},
+  {kSm80, kForward,  kFloat16,  128, kWindow, kPlain,    128,   32,  4, 2},
+  {kSm80, kForward,  kBFloat16, 128, kWindow, kPlain,     64,   32,  4, 2},
+  {kSm80, kForward,  kFloat16,  128, kWindow, kPlain,     64,   32,  4, 2},
+  {kSm80, kForward,  kBFloat16, 192, kWindow, kPlain,    128,   64,  8, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow, kPlain,    128,   64,  8, 1},
+  {kSm80, kForward,  kBFloat16, 192, kWindow, kPlain,     64,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  192, kWindow, kPlain,     64,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow, kPlain,    128,   64,  8, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow, kPlain,    128,   64,  8, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow, kPlain,    128,   32,  8, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow, kPlain,    128,   32,  8, 1},
+  {kSm80, kForward,  kBFloat16, 256, kWindow, kPlain,     32,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  256, kWindow, kPlain,     32,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow, kPlain,     64,   32,  8, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow, kPlain,     64,   32,  8, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow, kPlain,     32,   32,  4, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow, kPlain,     32,   32,  4, 1},
+  {kSm80, kForward,  kBFloat16, 512, kWindow, kPlain,     32,   16,  4, 1},
+  {kSm80, kForward,  kFloat16,  512, kWindow, kPlain,     32,   16,  4, 1},
 
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   96,  4, 2},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   96,  4, 2},
-  {kSm80, kBackward, kBFloat16,  64, kWindow,   64,   64,  4, 1},
-  {kSm80, kBackward, kFloat16,   64, kWindow,   64,   64,  4, 1},
-  {kSm80, kBackward, kBFloat16,  96, kWindow,   64,   64,  4, 2},
-  {kSm80, kBackward, kFloat16,   96, kWindow,   64,   64,  4, 2},
-  {kSm80, kBackward, kBFloat16,  96, kWindow,   32,   64,  4, 1},
-  {kSm80, kBackward, kFloat16,   96, kWindow,   32,   64,  4, 1},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   64,  128,  8, 1},
-  {kSm80, kBackward, kFloat16,  128, kWindow,   64,  128,  8, 1},
-  {kSm80, kBackward, kBFloat16, 128, kWindow,   32,   64,  4, 1},
-  {kSm80, kBackward, kFloat16,  128, kWindow,   32,   64,  4, 1},
-  {kSm80, kBackward, kBFloat16, 192, kWindow,   64,   64,  8, 1},
-  {kSm80, kBackward, kFloat16,  192, kWindow,   64,   64,  8, 1},
-  {kSm80, kBackward, kBFloat16, 192, kWindow,   32,   32,  4, 1},
-  {kSm80, kBackward, kFloat16,  192, kWindow,   32,   32,  4, 1},
-  {kSm80, kBackward, kBFloat16, 256, kWindow,   64,   64,  8, 1},
-  {kSm80, kBackward, kFloat16,  256, kWindow,   64,   64,  8, 1},
-  {kSm80, kBackward, kBFloat16, 256, kWindow,   32,   64,  8, 1},
-  {kSm80, kBackward, kFloat16,  256, kWindow,   32,   64,  8, 1},
-  {kSm80, kBackward, kBFloat16, 256, kWindow,   16,   32,  4, 1},
-  {kSm80, kBackward, kFloat16,  256, kWindow,   16,   32,  4, 1},
-  {kSm80, kBackward, kBFloat16, 512, kWindow,   16,   32,  8, 1},
-  {kSm80, kBackward, kFloat16,  512, kWindow,   16,   32,  8, 1},
-  {kSm80, kBackward, kBFloat16, 512, kWindow,   16,   16,  4, 1},
-  {kSm80, kBackward, kFloat16,  512, kWindow,   16,   16,  4, 1},
+  {kSm80, kBackward, kBFloat16,  64, kWindow, kPlain,     64,   96,  4, 2},
+  {kSm80, kBackward, kFloat16,   64, kWindow, kPlain,     64,   96,  4, 2},
+  {kSm80, kBackward, kBFloat16,  64, kWindow, kPlain,     64,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,   64, kWindow, kPlain,     64,   64,  4, 1},
+  {kSm80, kBackward, kBFloat16,  96, kWindow, kPlain,     64,   64,  4, 2},
+  {kSm80, kBackward, kFloat16,   96, kWindow, kPlain,     64,   64,  4, 2},
+  {kSm80, kBackward, kBFloat16,  96, kWindow, kPlain,     32,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,   96, kWindow, kPlain,     32,   64,  4, 1},
+  {kSm80, kBackward, kBFloat16, 128, kWindow, kPlain,     64,  128,  8, 1},
+  {kSm80, kBackward, kFloat16,  128, kWindow, kPlain,     64,  128,  8, 1},
+  {kSm80, kBackward, kBFloat16, 128, kWindow, kPlain,     32,   64,  4, 1},
+  {kSm80, kBackward, kFloat16,  128, kWindow, kPlain,     32,   64,  4, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow, kPlain,     64,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow, kPlain,     64,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 192, kWindow, kPlain,     32,   32,  4, 1},
+  {kSm80, kBackward, kFloat16,  192, kWindow, kPlain,     32,   32,  4, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow, kPlain,     64,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow, kPlain,     64,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow, kPlain,     32,   64,  8, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow, kPlain,     32,   64,  8, 1},
+  {kSm80, kBackward, kBFloat16, 256, kWindow, kPlain,     16,   32,  4, 1},
+  {kSm80, kBackward, kFloat16,  256, kWindow, kPlain,     16,   32,  4, 1},
+  {kSm80, kBackward, kBFloat16, 512, kWindow, kPlain,     16,   32,  8, 1},
+  {kSm80, kBackward, kFloat16,  512, kWindow, kPlain,     16,   32,  8, 1},
+  {kSm80, kBackward, kBFloat16, 512, kWindow, kPlain,     16,   16,  4, 1},
+  {kSm80, kBackward, kFloat16,  512, kWindow, kPlain,     16,   16,  4, 1},
 
-  {kCpu,  kForward,  kFloat32,  512, kWindow,   64,   64, 0, 0},
-  {kCpu,  kForward,  kBFloat16, 512, kWindow,   64,   64, 0, 0},
-  {kCpu,  kForward,  kFloat16,  512, kWindow,   64,   64, 0, 0},
-  {kCpu,  kForward,  kFloat64,  512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kForward,  kFloat32,  512, kWindow, kGeneral,   64,   64, 0, 0},
+  {kCpu,  kForward,  kBFloat16, 512, kWindow, kGeneral,   64,   64, 0, 0},
+  {kCpu,  kForward,  kFloat16,  512, kWindow, kGeneral,   64,   64, 0, 0},
+  {kCpu,  kForward,  kFloat64,  512, kWindow, kGeneral,   64,   64, 0, 0},
 
-  {kCpu,  kBackward, kFloat32,  512, kWindow,   64,   64, 0, 0},
-  {kCpu,  kBackward, kBFloat16, 512, kWindow,   64,   64, 0, 0},
-  {kCpu,  kBackward, kFloat16,  512, kWindow,   64,   64, 0, 0},
-  {kCpu,  kBackward, kFloat64,  512, kWindow,   64,   64, 0, 0},
+  {kCpu,  kBackward, kFloat32,  512, kWindow, kGeneral,   64,   64, 0, 0},
+  {kCpu,  kBackward, kBFloat16, 512, kWindow, kGeneral,   64,   64, 0, 0},
+  {kCpu,  kBackward, kFloat16,  512, kWindow, kGeneral,   64,   64, 0, 0},
+  {kCpu,  kBackward, kFloat64,  512, kWindow, kGeneral,   64,   64, 0, 0},
 };
 // clang-format on
 

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/clean_sequences.h"
 #include "common/params.h"
 #include "dispatch/kernel_table.h"
 
@@ -52,6 +53,9 @@ struct Registry {
   // Set by the CUDA support code; null in a build without CUDA. Throws fa::Error where the driver
   // is missing or older than the toolkit of the build.
   CudaDevice (*query_cuda_device)(int device_index) = nullptr;
+  // common/clean_sequences.h on a stream of the current device; either may be null. Set like it.
+  void (*clean_sequences_on_cuda)(const GivenSequences* queries, const GivenSequences* keys,
+                                  void* stream) = nullptr;
   int cuda_version = 0;  // of the toolkit, as CUDART_VERSION; 0 in a build without CUDA
 
   // The vector instructions that the CPU kernels chose on this machine, for example "avx2".

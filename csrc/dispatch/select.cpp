@@ -101,6 +101,9 @@ Verdict judge(int row, const Problem& problem) {
   if (config.mask == MaskMode::kFull && !problem.full_mask) {
     return Verdict::kMask;
   }
+  if (config.score == ScoreMode::kPlain && problem.general_scores) {
+    return Verdict::kScores;
+  }
   if (problem.on_cuda && !config.fits(problem.device.smem_opt_in)) {
     return Verdict::kSharedMemory;
   }
@@ -136,6 +139,8 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
       return concat("head_dim ", problem.head_dim, " is more than this row's ", config.head_dim);
     case Verdict::kMask:
       return "for full attention only";
+    case Verdict::kScores:
+      return "for scores without bias, masks, documents and prefixes";
     case Verdict::kSharedMemory:
       return concat("needs ", config.smem_bytes(), " bytes of shared memory",
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",

@@ -13,10 +13,11 @@ namespace fa {
 struct Problem {
   Pass pass;
   Dtype dtype;
-  int head_dim;
-  bool full_mask;     // every query sees every key
-  bool on_cuda;       // else on the CPU
-  CudaDevice device;  // read where on_cuda
+  int head_dim;         // the larger one of q and k, and of v
+  bool full_mask;       // every query sees every key
+  bool general_scores;  // with rules of common/score_rules.h
+  bool on_cuda;         // else on the CPU
+  CudaDevice device;    // read where on_cuda
 };
 
 // What keeps a row from running a problem; the first that applies.
@@ -29,6 +30,7 @@ enum class Verdict {
   kDtype,
   kHeadDim,
   kMask,
+  kScores,
   kSharedMemory,
   kNotBuilt,
 };
