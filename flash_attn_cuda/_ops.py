@@ -369,3 +369,16 @@ def general_attention(
         return _GeneralForward.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
     except RuntimeError as error:
         _raise_named(error)
+
+
+def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dbias by the operator bwd_general, not differentiable.
+
+    Args:
+        inputs: dout, dlse, q, k, v, out, softmax_lse; the tensors and what follows them as of
+            :func:`general_attention`; whether dbias is wanted, which is empty else.
+    """
+    try:
+        return _bwd_general_eager(*inputs)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        _raise_named(error)

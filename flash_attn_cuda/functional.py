@@ -101,8 +101,8 @@ def flash_attn_func(
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: an argument whose kernels do not exist yet, or a GPU without a kernel.
     """
-    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is generator is None
-    if not plain or return_max_logit:
+    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is None
+    if not plain or generator is not None or return_max_logit:
         refuse_later(
             dropout_p=dropout_p != 0.0,
             softcap=softcap != 0.0,

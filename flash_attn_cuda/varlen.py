@@ -78,8 +78,8 @@ def flash_attn_varlen_func(
         out, (total_q, heads, head_dim_v), 0 in rows of no sequence; or a tuple as asked for, in
         which softmax_lse is (heads, total_q), -inf in such rows.
     """
-    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is generator is None
-    if not plain or block_table is not None or return_max_logit:
+    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is block_table is None
+    if not plain or generator is not None or return_max_logit:
         refuse_later(
             dropout_p=dropout_p != 0.0,
             softcap=softcap != 0.0,
@@ -163,8 +163,11 @@ def flash_attn_varlen_qkvpacked_func(
     All other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
     check_packed("qkv", qkv, "(total, 3, heads, head_dim)", 3)
+    q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
-        *qkv.unbind(1),
+        q,
+        k,
+        v,
         cu_seqlens,
         cu_seqlens,
         max_seqlen,
