@@ -7,6 +7,7 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/reduce.cuh"
 #include "sm90/bwd_traits.h"
 
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(Traits::kDqThreads)
   using Element = typename Traits::Element;
   auto& s_dq = device::shared_memory<typename Traits::DqTile>();
   const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
+  ptx::wait_for_previous_kernel();
   const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
   const int first_query = tile.tile * Traits::kTileM;
   if (first_query >= sequence.length) {

@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::wait_for_previous_kernel();
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / device::kWarpgroupThreads);
   if (warpgroup == 0) {
     ptx::shrink_registers<Traits::kProducerRegisters>();

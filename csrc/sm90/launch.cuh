@@ -97,7 +97,7 @@ void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule&
                       void* stream) {
   using Traits = BwdTraits<kRow>;
   const TensorMaps maps(params, Traits::kConfig.dtype);
-  support::launch_persistent<flash_bwd_sm90<Traits>>(
+  support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params,
       BwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
@@ -113,7 +113,7 @@ void launch_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Sched
                       void* stream) {
   using Traits = WideBwdTraits<kRow>;
   const TensorMaps maps(params, Traits::kConfig.dtype);
-  support::launch_persistent<flash_bwd_wide_sm90<Traits>>(
+  support::launch_persistent<flash_bwd_wide_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params,
       WideBwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
@@ -143,7 +143,7 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
       params.workspace.turns != nullptr && query_tiles > 0, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
-  support::launch<flash_bwd_dq_sm90<Traits>>(
+  support::launch<flash_bwd_dq_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_dq_sm90", params, TileScheduler{query_tiles, shape.num_heads, shape.batch},
       Traits::kDqThreads, kDqSmemBytes<Traits>, context.stream);
 }

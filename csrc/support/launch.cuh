@@ -40,15 +40,35 @@ void opt_in_to_smem(size_t smem_bytes) {
   done.fetch_or(bit, std::memory_order_release);
 }
 
+// Whether a kernel begins when the one before it in the stream has ended, or already while its last
+// blocks end. The latter must call ptx::wait_for_previous_kernel() before it reads or writes global
+// memory.
+enum class Begin { kAfterPrevious, kBesidePrevious };
+
+template <auto kKernel, Begin kBegin, typename... Arguments>
+void start(const char* name, unsigned blocks, int threads, size_t smem_bytes, void* stream,
+           const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = kBegin == Begin::kBesidePrevious ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), "launch ", name);
+}
+
 // kKernel(params, scheduler) with a block for each work item.
-template <auto kKernel, typename Params>
+template <auto kKernel, Begin kBegin = Begin::kAfterPrevious, typename Params>
 void launch(const char* name, const Params& params, TileScheduler scheduler, int threads,
             size_t smem_bytes, void* stream) {
   opt_in_to_smem<kKernel>(smem_bytes);
   for (; scheduler.first < scheduler.count(); scheduler.first += kMaxBlocks) {
     const auto blocks = static_cast<unsigned>(min(scheduler.count() - scheduler.first, kMaxBlocks));
-    kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
-    check_cuda(cudaGetLastError(), "launch ", name);
+    start<kKernel, kBegin>(name, blocks, threads, smem_bytes, stream, params, scheduler);
   }
 }
 
@@ -71,7 +91,7 @@ inline int multiprocessors() {
 
 // kKernel(arguments...) with a block for each multiprocessor, or for each work item where these are
 // fewer.
-template <auto kKernel, typename... Arguments>
+template <auto kKernel, Begin kBegin = Begin::kAfterPrevious, typename... Arguments>
 void launch_persistent(const char* name, int64_t work_items, int threads, size_t smem_bytes,
                        void* stream, const Arguments&... arguments) {
   if (work_items == 0) {
@@ -79,8 +99,7 @@ void launch_persistent(const char* name, int64_t work_items, int threads, size_t
   }
   opt_in_to_smem<kKernel>(smem_bytes);
   const auto blocks = static_cast<unsigned>(min(work_items, int64_t{multiprocessors()}));
-  kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError(), "launch ", name);
+  start<kKernel, kBegin>(name, blocks, threads, smem_bytes, stream, arguments...);
 }
 
 }  // namespace fa::support
