@@ -54,7 +54,10 @@ struct Sequences {
       const int middle = found + (end - found) / 2;
       (first_tile(middle, seqlen, tile_rows) <= number ? found : end) = middle;
     }
-    return {found, static_cast<int>(number - first_tile(found, seqlen, tile_rows))};
+    const int64_t tile = number - first_tile(found, seqlen, tile_rows);
+    // The packed rows before the first sequence have numbers too.
+    const int past_end = (at(found, seqlen).length + tile_rows - 1) / tile_rows;
+    return {found, tile < 0 ? past_end : static_cast<int>(tile)};
   }
 
   // How many tiles first_tile() may number. total_rows: of the packed tensor.
