@@ -9,6 +9,7 @@
 
 #include "common/math.h"
 #include "common/scheduler.h"
+#include "common/seqlen.h"
 #include "support/cuda_check.h"
 
 namespace fa::support {
@@ -38,6 +39,17 @@ void opt_in_to_smem(size_t smem_bytes) {
                                   static_cast<int>(smem_bytes)),
              "give a kernel ", smem_bytes, " bytes of shared memory");
   done.fetch_or(bit, std::memory_order_release);
+}
+
+// Of all tiles of a batch's sequences; packed ones are numbered through the batch
+// (device::in_sequence()), so that no kernel need know the longest.
+inline TileScheduler schedule(const Sequences& sequences, int batch, int seqlen, int tile_rows,
+                              int heads) {
+  if (sequences.cu_seqlens == nullptr || batch == 0) {
+    return {ceil_div(seqlen, tile_rows), heads, batch};
+  }
+  const int64_t tiles = sequences.count_tiles(batch, sequences.packed_rows, seqlen, tile_rows);
+  return {static_cast<int>(tiles), heads, 1};
 }
 
 // kKernel(params, scheduler) with a block for each work item.
