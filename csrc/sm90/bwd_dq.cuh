@@ -7,9 +7,9 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
+#include "device/work_order.cuh"
 #include "ptx/reduce.cuh"
 #include "sm90/bwd_traits.h"
-#include "sm90/schedule.cuh"
 
 namespace fa::sm90 {
 
@@ -52,11 +52,12 @@ __global__ void __launch_bounds__(Traits::kDqThreads)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Element = typename Traits::Element;
   auto& s_dq = device::shared_memory<typename Traits::DqTile>();
-  const WorkTile tile = tile_of_sequence(scheduler.at(scheduler.first + blockIdx.x), params.queries,
-                                         params.shape.batch, params.shape.seqlen_q, Traits::kTileM);
+  const WorkTile tile =
+      device::in_sequence(scheduler.at(scheduler.first + blockIdx.x), params.queries,
+                          params.shape.batch, params.shape.seqlen_q, Traits::kTileM);
   const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
   const int first_query = tile.tile * Traits::kTileM;
-  if (first_query < 0 || first_query >= sequence.length) {
+  if (first_query >= sequence.length) {
     return;
   }
   const int64_t first_tile =

@@ -4,6 +4,7 @@
 
 #include "common/params.h"
 #include "device/warpgroup_mma.cuh"
+#include "device/work_order.cuh"
 #include "sm90/schedule.cuh"
 
 namespace fa::sm90 {
@@ -21,7 +22,7 @@ struct BwdWork {
   template <int kTileM, int kTileN>
   static FA_DEVICE BwdWork of_item(const BwdParams& params, const Schedule& schedule,
                                    uint32_t index) {
-    const WorkTile tile = tile_of_sequence(
+    const WorkTile tile = device::in_sequence(
         schedule.in_order ? schedule.tiles.last_first_of_group(index, schedule.head_group)
                           : schedule.tiles.first_first_of_group(index, schedule.head_group),
         params.keys, params.shape.batch, params.shape.seqlen_k, kTileN);
@@ -46,7 +47,7 @@ struct BwdWork {
     return params.keys.cu_seqlens == nullptr ? tile.batch : 0;
   }
 
-  FA_DEVICE bool exists() const { return 0 <= first_key && first_key < keys.length; }
+  FA_DEVICE bool exists() const { return first_key < keys.length; }
 
   // Stands behind the last item.
   FA_DEVICE bool is_end() const { return tile.tile < 0; }

@@ -78,8 +78,8 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const TensorMaps maps(params, Traits::kConfig.dtype);
   const Schedule schedule =
       make_schedule(params, "q",
-                    tiles_of_sequences(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
-                                       shape.num_heads),
+                    support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
+                                      shape.num_heads),
                     Traits::kTileM, false, context.stream);
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
@@ -142,12 +142,12 @@ KernelResources gradients_resources(WideBwdTraits<kRow>*) {
 template <typename Traits>
 void launch_backward(const BwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
-  const TileScheduler query_tiles = tiles_of_sequences(params.queries, shape.batch, shape.seqlen_q,
-                                                       Traits::kTileM, shape.num_heads);
+  const TileScheduler query_tiles = support::schedule(params.queries, shape.batch, shape.seqlen_q,
+                                                      Traits::kTileM, shape.num_heads);
   const Schedule schedule = make_schedule(
       params, "k",
-      tiles_of_sequences(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
-                         shape.num_heads_kv),
+      support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
+                        shape.num_heads_kv),
       Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);

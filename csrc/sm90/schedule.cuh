@@ -2,33 +2,10 @@
 // How the blocks of a launch share its work.
 #pragma once
 
-#include "common/params.h"
 #include "common/scheduler.h"
 #include "ptx/common.cuh"
 
 namespace fa::sm90 {
-
-// The tiles of all sequences: of each batch entry, or numbered through the packed ones, of which
-// some numbers belong to no sequence.
-FA_HOST_DEVICE constexpr TileScheduler tiles_of_sequences(const Sequences& sequences, int batch,
-                                                          int seqlen, int tile_rows, int heads) {
-  if (sequences.cu_seqlens == nullptr) {
-    return {ceil_div(seqlen, tile_rows), heads, batch};
-  }
-  const int64_t tiles = sequences.count_tiles(batch, sequences.packed_rows, seqlen, tile_rows);
-  return {static_cast<int>(tiles), heads, 1};
-}
-
-// One of those by its sequence and its number there, which may be before the first tile of the
-// sequence or past the last.
-FA_HOST_DEVICE constexpr WorkTile tile_of_sequence(const WorkTile& tile, const Sequences& sequences,
-                                                   int batch, int seqlen, int tile_rows) {
-  if (sequences.cu_seqlens == nullptr) {
-    return tile;
-  }
-  const auto found = sequences.tile_of_number(tile.tile, batch, seqlen, tile_rows);
-  return {found.tile, tile.head, found.batch};
-}
 
 // Items are numbered in the order in which they should begin. The first item of a block has the
 // block's own index, and further ones it takes from the counter, which is null where there are no
