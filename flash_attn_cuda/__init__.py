@@ -8,6 +8,11 @@ from flash_attn_cuda.functional import (
     flash_attn_qkvpacked_func,
 )
 from flash_attn_cuda.introspect import Decision, Explanation, build_info, explain
+from flash_attn_cuda.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "Decision",
@@ -18,4 +23,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
 ]

@@ -20,6 +20,8 @@ from flash_attn_cuda._load import load_extension
 _C = load_extension()
 _fwd = torch.ops.flash_attn_cuda.fwd.default
 _bwd = torch.ops.flash_attn_cuda.bwd.default
+_fwd_general = torch.ops.flash_attn_cuda.fwd_general.default
+_bwd_general = torch.ops.flash_attn_cuda.bwd_general.default
 
 
 def _without_frame(operator: Any) -> Any:
@@ -29,6 +31,12 @@ def _without_frame(operator: Any) -> Any:
 
 _fwd_eager = _without_frame(torch.ops.flash_attn_cuda.fwd_eager.default)
 _bwd_eager = _without_frame(torch.ops.flash_attn_cuda.bwd_eager.default)
+_fwd_general_eager = _without_frame(torch.ops.flash_attn_cuda.fwd_general_eager.default)
+_bwd_general_eager = _without_frame(torch.ops.flash_attn_cuda.bwd_general_eager.default)
+
+# Of the general operators, after q, k and v: how many tensors follow, and which is the bias.
+_TENSORS = 10
+_BIAS = 4
 
 _ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -78,10 +86,20 @@ def _fwd_fake(
     window_right: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
+    return _fake_results(q, k, v)
+
+
+@torch.library.register_fake("flash_attn_cuda::fwd_general")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("flash_attn_cuda::fwd_general_eager")  # type: ignore[untyped-decorator]
+def _fwd_general_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _fake_results(q, k, v)
+
+
+def _fake_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     check_alike(q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=_statistics_dtype(q))
-    return q.new_empty(q.shape), softmax_lse
+    return q.new_empty((batch, seqlen_q, heads, v.shape[3])), softmax_lse
 
 
 @torch.library.register_fake("flash_attn_cuda::bwd")  # type: ignore[untyped-decorator]
@@ -100,6 +118,17 @@ def _bwd_fake(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("flash_attn_cuda::bwd_general")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("flash_attn_cuda::bwd_general_eager")  # type: ignore[untyped-decorator]
+def _bwd_general_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, *tensors = options  # after out and softmax_lse
+    bias, needs_dbias = tensors[_BIAS], tensors[-1]
+    dbias = bias.new_empty(bias.shape) if needs_dbias and bias is not None else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -133,11 +162,48 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     )
 
 
+def _setup_general_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    q, k, v, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, *options[:_TENSORS])
+    ctx.options = options[_TENSORS:]
+    ctx.set_materialize_grads(False)
+
+
+def _general_gradients(
+    run_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    ctx: Any,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * (3 + _TENSORS + len(ctx.options))
+    if dout is None and dlse is None:
+        return tuple(gradients)
+    q, k, v, out, softmax_lse, *tensors = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    *options, deterministic = ctx.options
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    needs_dbias = ctx.needs_input_grad[3 + _BIAS]
+    inputs = (q, k, v, out, softmax_lse, *tensors, *options, deterministic, needs_dbias)
+    *gradients[:3], dbias = run_bwd(dout, dlse, *inputs)
+    if needs_dbias:
+        gradients[3 + _BIAS] = dbias
+    return tuple(gradients)
+
+
 # For torch.compile and torch.export.
 torch.library.register_autograd(
     "flash_attn_cuda::fwd", partial(_gradients, _bwd), setup_context=_setup_context
 )
 torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
+torch.library.register_autograd(
+    "flash_attn_cuda::fwd_general",
+    partial(_general_gradients, _bwd_general),
+    setup_context=_setup_general_context,
+)
+torch.library.register_autograd("flash_attn_cuda::bwd_general", _refuse_double_backward)
 
 
 # For eager mode: without the autograd registered above, and errors get their own types.
@@ -184,6 +250,36 @@ class _ForwardWithLse(_Forward):
         return _fwd_eager(*inputs)
 
     setup_context = staticmethod(_setup_context)
+
+
+class _GeneralBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _bwd_general_eager(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_refuse_double_backward)
+
+
+class _GeneralForward(torch.autograd.Function):
+    """_ForwardWithLse with sequences and rules, and with the gradient of the bias."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _fwd_general_eager(*inputs)
+
+    setup_context = staticmethod(_setup_general_context)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        run_bwd = _GeneralBackward.apply if torch.is_grad_enabled() else _bwd_general_eager
+        try:
+            return _general_gradients(run_bwd, ctx, dout, dlse)
+        except RuntimeError as error:
+            _raise_named(error)
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -241,3 +337,48 @@ def attention(
     except RuntimeError as error:
         _raise_named(error)
     return output if return_lse else output[0]
+
+
+def general_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention over sequences and under rules, and its log-sum-exp.
+
+    Args:
+        q, k, v: as of :func:`attention`; packed sequences have batch 1 and the rows of all.
+        tensors: cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, attn_bias, attn_mask,
+            key_padding_mask, block_mask, document_ids, prefix_lens; None is without.
+        softmax_scale, window_left, window_right, deterministic: as of :func:`attention`.
+
+    Returns:
+        (out, softmax_lse) as of :func:`attention`, differentiable in q, k, v and attn_bias.
+    """
+    inputs = (q, k, v, *tensors, softmax_scale, window_left, window_right, deterministic)
+    if torch.compiler.is_compiling():
+        return _fwd_general(*inputs)  # type: ignore[no-any-return]
+    try:
+        if not torch.is_grad_enabled():
+            return _fwd_general_eager(*inputs)  # type: ignore[no-any-return]
+        return _GeneralForward.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+    except RuntimeError as error:
+        _raise_named(error)
+
+
+def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dbias by the operator bwd_general, not differentiable.
+
+    Args:
+        inputs: dout, dlse, q, k, v, out, softmax_lse; the tensors and what follows them as of
+            :func:`general_attention`; whether dbias is wanted, which is empty else.
+    """
+    try:
+        return _bwd_general_eager(*inputs)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        _raise_named(error)

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any, TypeAlias
-
 import torch
 from torch import Tensor
 
 from flash_attn_cuda import _ops
-
-# A Tensor, or a tuple of them where the arguments ask for more than the output.
-AttentionResult: TypeAlias = Tensor | Any
-
-_UNBOUNDED = 1 << 40  # more keys than any sequence has
-_NO_WINDOW = (-1, -1)
+from flash_attn_cuda._arguments import (
+    NO_WINDOW,
+    AttentionResult,
+    autocast,
+    check_arguments,
+    check_optional,
+    check_packed,
+    refuse_later,
+    window_of,
+)
 
 
 def flash_attn_func(
@@ -25,7 +26,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = _NO_WINDOW,
+    window_size: tuple[int, int] = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -44,17 +45,21 @@ def flash_attn_func(
     return_max_logit: bool = False,
     generator: torch.Generator | None = None,
 ) -> AttentionResult:
-    """Exact attention, softmax(softmax_scale * q @ k^T) @ v, in memory linear in the lengths.
+    """Exact attention, softmax(softmax_scale * q @ k^T + attn_bias) @ v, without ever holding the
+    matrix of scores.
 
-    Implements FlashAttention-2 (Dao, 2023, Algorithms 1 and 2). Query i sees key j if
-    ``i + off - left <= j <= i + off + right``, where ``off = seqlen_k - seqlen_q`` and
-    ``(left, right) = window_size``. A query that sees no key has output 0, LSE -inf, gradient 0.
+    Implements FlashAttention-2 (Dao, 2023, Algorithms 1 and 2) and, with block_mask, block-sparse
+    FlashAttention (Dao et al., 2022, Algorithm 5). Query i sees key j if ``i + off - left <= j <=
+    i + off + right``, where ``off = seqlen_k - seqlen_q`` and ``(left, right) = window_size``, or
+    if ``j < prefix_lens[b]``; both must be of one document, and every mask must say True. What a
+    query does not see has no influence on it. A query that sees no key has output 0, LSE -inf,
+    gradient 0.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16 or float16, on the CPU
             float32 or float64 too; on CUDA torch.autocast casts float32. Any strides.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (grouped-query attention).
-        v: like k.
+        v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v up to 512, often head_dim.
         dropout_p: only 0.0 for now.
         softmax_scale: default head_dim ** -0.5.
         causal: sets the window's right side to 0.
@@ -69,61 +74,75 @@ def flash_attn_func(
             return_lse says; S_dmask is empty without dropout.
         return_lse: return (out, softmax_lse); softmax_lse is (batch, heads, seqlen_q), float32
             (float64 for float64 inputs), natural log, and differentiable.
-        attn_bias, attn_mask, key_padding_mask, seqlens_q, seqlens_k, document_ids, prefix_lens,
-            sinks, block_mask, return_max_logit, generator: only their defaults for now.
+        attn_bias: added to the scores. Broadcasts to (batch, heads, seqlen_q, seqlen_k), with any
+            strides; bfloat16, float16 or float32 (or float64 beside float64). Its gradient has its
+            shape and is summed over what was broadcast, always in the same order. -inf hides.
+        attn_mask: bool, True where a key is seen. Broadcasts like attn_bias. Tiles of keys of which
+            nothing is seen cost nothing.
+        key_padding_mask: (batch, seqlen_k) bool, True where a key exists: padding on either side.
+            Windows count keys in the tensor, padding included.
+        seqlens_q, seqlens_k: (batch,) int32: how many rows of each sequence exist, from the first
+            on; off is then of these lengths. Rows of out beyond are 0, as are their gradients, and
+            what lies there is not read.
+        document_ids: (batch, seqlen) int32, where seqlen_q == seqlen_k: a query sees keys of its
+            own document only.
+        prefix_lens: (batch,) int32: so many first keys are seen by every query, whatever the
+            window (prefix-LM).
+        block_mask: bool, True where blocks of 128 queries and 128 keys are seen. Broadcasts to
+            (batch, heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)). Takes time in proportion to
+            the blocks that are.
+        sinks, return_max_logit, generator: only their defaults for now.
 
     Returns:
-        out, (batch, seqlen_q, heads, head_dim), contiguous, in the inputs' dtype; or a tuple as
+        out, (batch, seqlen_q, heads, head_dim_v), contiguous, in the inputs' dtype; or a tuple as
         asked for above.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
         NotImplementedError: an argument whose kernels do not exist yet, or a GPU without a kernel.
     """
-    all_default = (
-        dropout_p == softcap == 0.0
-        and alibi_slopes
-        is attn_bias
+    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is None
+    if not plain or generator is not None or return_max_logit:
+        refuse_later(
+            dropout_p=dropout_p != 0.0,
+            softcap=softcap != 0.0,
+            alibi_slopes=alibi_slopes is not None,
+            sinks=sinks is not None,
+            return_max_logit=return_max_logit,
+            generator=generator is not None,
+        )
+    check_arguments(q, k, v, softmax_scale)
+    q, k, v = autocast(q, k, v)
+    left, right = window_of(causal, window_size)
+    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
+    return_lse = return_lse or return_attn_probs
+    if (
+        attn_bias
         is attn_mask
         is key_padding_mask
         is seqlens_q
         is seqlens_k
         is document_ids
         is prefix_lens
-        is sinks
         is block_mask
         is None
-        and generator is None
-        and not return_max_logit
-    )
-    if not all_default:  # the dictionary takes longer than the question
-        not_yet = {
-            "dropout_p": dropout_p != 0.0,
-            "softcap": softcap != 0.0,
-            "alibi_slopes": alibi_slopes is not None,
-            "attn_bias": attn_bias is not None,
-            "attn_mask": attn_mask is not None,
-            "key_padding_mask": key_padding_mask is not None,
-            "seqlens_q": seqlens_q is not None,
-            "seqlens_k": seqlens_k is not None,
-            "document_ids": document_ids is not None,
-            "prefix_lens": prefix_lens is not None,
-            "sinks": sinks is not None,
-            "block_mask": block_mask is not None,
-            "return_max_logit": return_max_logit,
-            "generator": generator is not None,
-        }
-        names = ", ".join(name for name, given in not_yet.items() if given)
-        raise NotImplementedError(f"{names}: not implemented yet; leave the default")
-
-    _check_arguments(q, k, v, softmax_scale)
-    q, k, v = _autocast(q, k, v)
-    window_left, window_right = _window(causal, window_size)
-    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    return_lse = return_lse or return_attn_probs
-    output = _ops.attention(
-        q, k, v, softmax_scale, window_left, window_right, deterministic, return_lse
-    )
+    ):
+        output = _ops.attention(q, k, v, softmax_scale, left, right, deterministic, return_lse)
+    else:
+        check_optional(
+            attn_bias=attn_bias,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            seqlens_q=seqlens_q,
+            seqlens_k=seqlens_k,
+            document_ids=document_ids,
+            prefix_lens=prefix_lens,
+            block_mask=block_mask,
+        )
+        masks = (attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens)
+        tensors = (None, None, seqlens_q, seqlens_k, attn_bias, *masks)
+        output = _ops.general_attention(q, k, v, tensors, softmax_scale, left, right, deterministic)
+        output = output if return_lse else output[0]
     return (*output, q.new_empty(0)) if return_attn_probs else output
 
 
@@ -132,7 +151,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = _NO_WINDOW,
+    window_size: tuple[int, int] = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -158,7 +177,7 @@ def flash_attn_qkvpacked_func(
 
     All other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    _check_packed("qkv", qkv, 3)
+    check_packed("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)", 3)
     q, k, v = qkv.unbind(2)
     return flash_attn_func(
         q,
@@ -193,7 +212,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = _NO_WINDOW,
+    window_size: tuple[int, int] = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -221,7 +240,7 @@ def flash_attn_kvpacked_func(
 
     All other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    _check_packed("kv", kv, 2)
+    check_packed("kv", kv, "(batch, seqlen, 2, heads, head_dim)", 2)
     k, v = kv.unbind(2)
     return flash_attn_func(
         q,
@@ -248,54 +267,3 @@ def flash_attn_kvpacked_func(
         return_max_logit=return_max_logit,
         generator=generator,
     )
-
-
-def _check_packed(name: str, packed: Tensor, parts: int) -> None:
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(packed).__name__}")
-    if packed.dim() != 5 or packed.shape[2] != parts:
-        raise ValueError(
-            f"{name}: expected shape (batch, seqlen, {parts}, heads, head_dim), got "
-            f"{tuple(packed.shape)}"
-        )
-
-
-def _check_arguments(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
-    """What the compiled code cannot check: that it is given tensors and a number."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if softmax_scale is not None and isinstance(softmax_scale, (str, bytes, Tensor)):
-        raise TypeError(f"softmax_scale: expected a number, got {type(softmax_scale).__name__}")
-
-
-def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right) as the operator takes them. While tracing, sides may be symbolic integers,
-    which the operator checks when it runs."""
-    if not torch.compiler.is_compiling():
-        if window_size is _NO_WINDOW:
-            return -1, 0 if causal else -1
-        try:
-            left, right = map(operator.index, window_size)
-        except (TypeError, ValueError):
-            left = right = -2
-        if left < -1 or right < -1:
-            raise ValueError(
-                "window_size: expected (left, right), each a number of keys or -1 (unbounded), "
-                f"got {window_size!r}"
-            )
-        return min(left, _UNBOUNDED), 0 if causal else min(right, _UNBOUNDED)
-    left, right = window_size
-    return left, 0 if causal else right
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under torch.autocast, attention runs in the autocast dtype, as torch's own attention does."""
-    device_type = "cuda" if q.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(device_type) or q.device.type != device_type:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device_type)
-    castable = (torch.float32, torch.float16, torch.bfloat16)
-    q, k, v = (tensor.to(dtype) if tensor.dtype in castable else tensor for tensor in (q, k, v))
-    return q, k, v

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attn_cuda._arguments import autocast, check_arguments, window_of
 from flash_attn_cuda._ops import _C, check_alike
 from flash_attn_cuda._version import __version__
-from flash_attn_cuda.functional import _autocast, _check_arguments, _window
+
+# What makes a problem one for the general rows of the kernel table.
+RULES = (
+    "attn_bias",
+    "attn_mask",
+    "key_padding_mask",
+    "document_ids",
+    "prefix_lens",
+    "block_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ def explain(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    **rules: Tensor | None,
 ) -> Explanation:
     """Which kernels :func:`flash_attn_func` would run for these arguments, and why not the others.
 
@@ -71,6 +82,8 @@ def explain(
 
     Args:
         q, k, v, causal, window_size: as of :func:`flash_attn_func`.
+        rules: attn_bias, attn_mask, key_padding_mask, document_ids, prefix_lens and block_mask of
+            it; only whether they are given is looked at.
 
     Returns:
         An :class:`Explanation`; its str() is a report.
@@ -79,10 +92,13 @@ def explain(
         ValueError, TypeError: the tensors' ranks, devices or dtypes, or window_size.
         NotImplementedError: the tensors are on CUDA and this build or torch has no CUDA support.
     """
-    _check_arguments(q, k, v, None)
-    q, k, v = _autocast(q, k, v)
+    unknown = rules.keys() - RULES
+    if unknown:
+        raise TypeError(f"explain: expected rules among {', '.join(RULES)}, got {sorted(unknown)}")
+    check_arguments(q, k, v, None)
+    q, k, v = autocast(q, k, v)
     check_alike(q, k, v)
-    window_left, window_right = _window(causal, window_size)
+    window_left, window_right = window_of(causal, window_size)
     on_cuda = q.device.type == "cuda"
     device = "the CPU"
     compute_capability, smem_opt_in = 0, 0
@@ -95,11 +111,12 @@ def explain(
         decision: dict[str, Any] = _C.explain(
             pass_name=pass_name,
             dtype=str(q.dtype).removeprefix("torch."),
-            head_dim=q.shape[3],
+            head_dim=max(q.shape[3], v.shape[3]),
             seqlen_q=q.shape[1],
             seqlen_k=k.shape[1],
             window_left=window_left,
             window_right=window_right,
+            general_scores=any(tensor is not None for tensor in rules.values()),
             on_cuda=on_cuda,
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,

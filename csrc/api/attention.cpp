@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two operators: check, choose a row, allocate, launch.
+// The operators: check, choose a row, allocate, launch.
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "api/launch.h"
-#include "api/tensors.h"
+#include "api/rules.h"
+#include "api/sequences.h"
 #include "common/check.h"
 
 namespace fa::api {
@@ -18,18 +20,85 @@ double resolve_scale(std::optional<double> softmax_scale, const Shape& shape) {
   return scale;
 }
 
+// What both passes know of a problem beside its tensors.
+struct Call {
+  Shape shape;
+  WindowMask window;
+  double softmax_scale;
+  CleanSequences sequences = {};
+  Rules rules = {};
+
+  bool packed() const { return sequences.queries.cu_seqlens != nullptr; }
+  // Whether there may be rows of no sequence, which kernels leave as they are.
+  bool leaves_rows() const {
+    return sequences.queries.seqused != nullptr || sequences.keys.seqused != nullptr;
+  }
+
+  // Packed sequences are all in one batch entry.
+  template <typename View>
+  View of_all(View view) const {
+    if (packed()) {
+      view.batch_stride = 0;
+    }
+    return view;
+  }
+};
+
+// The default of all that the plain operators do not take.
+Call plain_call(const Argument& q, const Argument& k, const Argument& v,
+                std::optional<double> softmax_scale, int64_t window_left, int64_t window_right) {
+  const Shape shape = check_qkv(q, k, v);
+  return {shape, check_window(shape, window_left, window_right),
+          resolve_scale(softmax_scale, shape)};
+}
+
+Call general_call(const Argument& q, const Argument& k, const Argument& v,
+                  const SequenceArguments& sequences, const RuleArguments& rules,
+                  std::optional<double> softmax_scale, int64_t window_left, int64_t window_right) {
+  Call call = plain_call(q, k, v, softmax_scale, window_left, window_right);
+  call.shape.batch = check_sequences(sequences, q, k);
+  call.rules = check_rules(rules, q, call.shape, sequences.packed());
+  call.sequences = clean_sequences(sequences, q, k, call.shape);
+  call.window = check_window(call.shape, window_left, window_right);
+  return call;
+}
+
+// Which tiles of keys the rules leave to a tile of queries: memory that the returned tensor owns,
+// if any is needed.
+template <typename Params>
+std::optional<Tensor> add_tile_map(Params& params, const Argument& q, const KernelConfig& config) {
+  if (q.device.is_cpu() || !params.rules.has_data_masks()) {
+    return std::nullopt;
+  }
+  const Shape& shape = params.shape;
+  const int64_t query_tiles = params.queries.count_tiles(shape.batch, params.queries.packed_rows,
+                                                         shape.seqlen_q, config.tile_m);
+  const int key_tiles = ceil_div(shape.seqlen_k, config.tile_n);
+  bool differs = false;
+  for (const KeepMask& mask : params.rules.masks) {
+    differs |= mask.head_stride != 0;
+  }
+  Tensor memory = scratch((differs ? shape.num_heads : 1) * query_tiles * key_tiles, q);
+  params.tile_map = {static_cast<TileClass*>(memory.mutable_data_ptr()),
+                     differs ? query_tiles * key_tiles : 0, key_tiles};
+  return memory;
+}
+
 // Gives the backward pass its workspace: memory that the returned tensor owns.
 Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& config,
                      bool deterministic) {
   const Shape& shape = params.shape;
   if (q.device.is_cpu()) {
     Tensor delta =
-        empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, statistics_dtype(config.dtype));
+        empty({q.sizes[0], shape.num_heads, q.sizes[1]}, q, statistics_dtype(config.dtype));
     params.delta = row_statistics(delta);
+    if (params.queries.cu_seqlens != nullptr) {
+      params.delta.batch_stride = 0;
+    }
     return delta;
   }
-  const int64_t tiles =
-      params.queries.count_tiles(shape.batch, shape.seqlen_q, shape.seqlen_q, config.tile_m);
+  const int64_t tiles = params.queries.count_tiles(shape.batch, params.queries.packed_rows,
+                                                   shape.seqlen_q, config.tile_m);
   Tensor memory = empty({BwdWorkspace::floats(tiles * shape.num_heads, config.tile_m,
                                               config.head_dim, deterministic)},
                         q, Dtype::kFloat32);
@@ -39,11 +108,111 @@ Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& c
   return memory;
 }
 
+// A result of as many columns as kernels write, and filled where they leave rows as they are.
+Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& cols,
+                  const Call& call) {
+  Tensor result = empty({rows.sizes[0], rows.sizes[1], heads.sizes[2], kernel_head_dim(cols)}, rows,
+                        dtype_of(rows));
+  if (call.leaves_rows()) {
+    torch::stable::zero_(result);
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, const Argument& v,
+                                       Call call) {
+  const int row = select_row(problem_for(Pass::kForward, q, call.shape, call.window, call.rules));
+  const int head_dim_v = call.shape.head_dim_v;
+  call.shape.head_dim = kernel_head_dim(q);
+  call.shape.head_dim_v = kernel_head_dim(v);
+  const Tensor out = empty_rows(q, q, v, call);
+  const Tensor softmax_lse =
+      empty({q.sizes[0], q.sizes[2], q.sizes[1]}, q, statistics_dtype(dtype_of(q)));
+  if (call.leaves_rows()) {
+    torch::stable::fill_(softmax_lse, -std::numeric_limits<double>::infinity());
+  }
+  if (softmax_lse.numel() > 0 && call.shape.batch > 0) {
+    const Tensor q_readable = readable(q);
+    const Tensor k_readable = readable(k);
+    const Tensor v_readable = readable(v);
+    FwdParams params{.shape = call.shape,
+                     .window = call.window,
+                     .softmax_scale = call.softmax_scale,
+                     .q = call.of_all(view(q_readable)),
+                     .k = call.of_all(view(k_readable)),
+                     .v = call.of_all(view(v_readable)),
+                     .out = call.of_all(view(out)),
+                     .softmax_lse = call.of_all(row_statistics(softmax_lse)),
+                     .queries = call.sequences.queries,
+                     .keys = call.sequences.keys,
+                     .rules = call.rules};
+    const std::optional<Tensor> tile_map = add_tile_map(params, q, table::kRows[row]);
+    launch(params, q, row);
+  }
+  return {without_padding(out, head_dim_v), softmax_lse};
+}
+
+// dbias: where the gradient of the bias goes; null if nobody asks for it.
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
+                                                const std::optional<Tensor>& dlse_tensor,
+                                                const Argument& q, const Argument& k,
+                                                const Argument& v, const Argument& out,
+                                                const Argument& softmax_lse, Call call,
+                                                bool deterministic, const ScoreTensor& dbias) {
+  const bool has_dlse = dlse_tensor.has_value();  // softmax_lse stands in for a dlse that is not
+  const Argument dlse{"dlse", has_dlse ? *dlse_tensor : softmax_lse.tensor};
+  check_like_out(dout, q, v);
+  check_like_out(out, q, v);
+  check_row_statistics(softmax_lse, q);
+  check_row_statistics(dlse, q);
+  const int row = select_row(problem_for(Pass::kBackward, q, call.shape, call.window, call.rules));
+  const auto [head_dim, head_dim_v] = std::pair(call.shape.head_dim, call.shape.head_dim_v);
+  call.shape.head_dim = kernel_head_dim(q);
+  call.shape.head_dim_v = kernel_head_dim(v);
+  Tensor dq = empty_rows(q, q, q, call);
+  Tensor dk = empty_rows(k, k, q, call);
+  Tensor dv = empty_rows(k, k, v, call);
+  if ((dq.numel() > 0 || dk.numel() > 0) && call.shape.batch > 0) {
+    const Tensor q_readable = readable(q);
+    const Tensor k_readable = readable(k);
+    const Tensor v_readable = readable(v);
+    const Tensor out_readable = readable(out);
+    const Tensor dout_readable = readable(dout);
+    const Tensor lse_readable = make_contiguous(softmax_lse);
+    const Tensor dlse_readable = make_contiguous(dlse);
+    BwdParams params{.shape = call.shape,
+                     .window = call.window,
+                     .softmax_scale = call.softmax_scale,
+                     .q = call.of_all(view(q_readable)),
+                     .k = call.of_all(view(k_readable)),
+                     .v = call.of_all(view(v_readable)),
+                     .out = call.of_all(view(out_readable)),
+                     .dout = call.of_all(view(dout_readable)),
+                     .dq = call.of_all(view(dq)),
+                     .dk = call.of_all(view(dk)),
+                     .dv = call.of_all(view(dv)),
+                     .softmax_lse = call.of_all(row_statistics(lse_readable)),
+                     .queries = call.sequences.queries,
+                     .keys = call.sequences.keys,
+                     .rules = call.rules,
+                     .dbias = dbias};
+    if (has_dlse) {
+      params.dlse = call.of_all(row_statistics(dlse_readable));
+    }
+    const Tensor workspace = add_workspace(params, q, table::kRows[row], deterministic);
+    const std::optional<Tensor> tile_map = add_tile_map(params, q, table::kRows[row]);
+    launch(params, q, row);
+  }
+  return {without_padding(dq, head_dim), without_padding(dk, head_dim),
+          without_padding(dv, head_dim_v)};
+}
+
 }  // namespace
 
-// q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim)
-// -> out like q, softmax_lse (batch, heads, seqlen_q). The forward pass is deterministic in any
-// case: autograd under torch.compile hands the argument on to the backward pass.
+// q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v alike with a
+// head_dim of its own -> out (batch, seqlen_q, heads, head_dim of v), softmax_lse (batch, heads,
+// seqlen_q). The forward pass is deterministic in any case: autograd under torch.compile hands the
+// argument on to the backward pass.
 std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tensor,
                                    const Tensor& v_tensor, std::optional<double> softmax_scale,
                                    int64_t window_left, int64_t window_right,
@@ -51,37 +220,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tenso
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
-  Shape shape = check_qkv(q, k, v);
-  const WindowMask window = check_window(shape, window_left, window_right);
-  const double scale = resolve_scale(softmax_scale, shape);
-  const int row = select_row(problem_for(Pass::kForward, q, shape, window));
-
-  const int head_dim = shape.head_dim;
-  shape.head_dim = kernel_head_dim(q);
-  const Dtype dtype = dtype_of(q);
-  const Tensor out =
-      empty({shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q, dtype);
-  const Tensor softmax_lse =
-      empty({shape.batch, shape.num_heads, shape.seqlen_q}, q, statistics_dtype(dtype));
-  if (softmax_lse.numel() > 0) {
-    const Tensor q_readable = readable(q);
-    const Tensor k_readable = readable(k);
-    const Tensor v_readable = readable(v);
-    launch(FwdParams{.shape = shape,
-                     .window = window,
-                     .softmax_scale = scale,
-                     .q = view(q_readable),
-                     .k = view(k_readable),
-                     .v = view(v_readable),
-                     .out = view(out),
-                     .softmax_lse = row_statistics(softmax_lse)},
-           q, row);
-  }
-  return {without_padding(out, head_dim), softmax_lse};
+  return run_forward(q, k, v, plain_call(q, k, v, softmax_scale, window_left, window_right));
 }
 
-// dout and out like q, dlse (gradient of softmax_lse) and softmax_lse (batch, heads, seqlen_q) ->
-// dq, dk, dv.
+// dout and out like the result, dlse (gradient of softmax_lse) and softmax_lse (batch, heads,
+// seqlen_q) -> dq, dk, dv.
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
@@ -93,84 +236,115 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Argument v{"v", v_tensor};
   const Argument out{"out", out_tensor};
   const Argument softmax_lse{"softmax_lse", lse_tensor};
-  const bool has_dlse = dlse_tensor.has_value();  // softmax_lse stands in for a dlse that is not
-  const Argument dlse{"dlse", has_dlse ? *dlse_tensor : lse_tensor};
-  Shape shape = check_qkv(q, k, v);
-  const WindowMask window = check_window(shape, window_left, window_right);
-  const double scale = resolve_scale(softmax_scale, shape);
-  check_like(dout, q);
-  check_like(out, q);
-  check_row_statistics(softmax_lse, shape, q);
-  check_row_statistics(dlse, shape, q);
-  const int row = select_row(problem_for(Pass::kBackward, q, shape, window));
+  return run_backward(dout, dlse_tensor, q, k, v, out, softmax_lse,
+                      plain_call(q, k, v, softmax_scale, window_left, window_right), deterministic,
+                      {});
+}
 
-  const int head_dim = shape.head_dim;
-  shape.head_dim = kernel_head_dim(q);
-  const Dtype dtype = dtype_of(q);
-  Tensor dq = empty({shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim}, q, dtype);
-  Tensor dk = empty({shape.batch, shape.seqlen_k, shape.num_heads_kv, shape.head_dim}, q, dtype);
-  Tensor dv = empty({shape.batch, shape.seqlen_k, shape.num_heads_kv, shape.head_dim}, q, dtype);
-  if (dq.numel() > 0 || dk.numel() > 0) {
-    const Tensor q_readable = readable(q);
-    const Tensor k_readable = readable(k);
-    const Tensor v_readable = readable(v);
-    const Tensor out_readable = readable(out);
-    const Tensor dout_readable = readable(dout);
-    const Tensor lse_readable = make_contiguous(softmax_lse);
-    const Tensor dlse_readable = make_contiguous(dlse);
-    BwdParams params{.shape = shape,
-                     .window = window,
-                     .softmax_scale = scale,
-                     .q = view(q_readable),
-                     .k = view(k_readable),
-                     .v = view(v_readable),
-                     .out = view(out_readable),
-                     .dout = view(dout_readable),
-                     .dq = view(dq),
-                     .dk = view(dk),
-                     .dv = view(dv),
-                     .softmax_lse = row_statistics(lse_readable)};
-    if (has_dlse) {
-      params.dlse = row_statistics(dlse_readable);
+// The same with sequences and rules. Packed, q is (1, total_q, heads, head_dim) and so on.
+std::tuple<Tensor, Tensor> forward_general(
+    const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& attn_bias, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& block_mask,
+    const std::optional<Tensor>& document_ids, const std::optional<Tensor>& prefix_lens,
+    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+    bool /*deterministic*/) {
+  const Argument q{"q", q_tensor};
+  const Argument k{"k", k_tensor};
+  const Argument v{"v", v_tensor};
+  return run_forward(
+      q, k, v,
+      general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
+                   {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
+                   softmax_scale, window_left, window_right));
+}
+
+// -> dq, dk, dv, and dbias like attn_bias, contiguous; without elements where nobody wants it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
+    const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
+    const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
+    const Tensor& lse_tensor, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_q,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& attn_bias,
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
+    const std::optional<Tensor>& block_mask, const std::optional<Tensor>& document_ids,
+    const std::optional<Tensor>& prefix_lens, std::optional<double> softmax_scale,
+    int64_t window_left, int64_t window_right, bool deterministic, bool needs_dbias) {
+  const Argument dout{"dout", dout_tensor};
+  const Argument q{"q", q_tensor};
+  const Argument k{"k", k_tensor};
+  const Argument v{"v", v_tensor};
+  const Argument out{"out", out_tensor};
+  const Argument softmax_lse{"softmax_lse", lse_tensor};
+  const Call call =
+      general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
+                   {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
+                   softmax_scale, window_left, window_right);
+  Tensor dbias = empty({0}, q, dtype_of(q));
+  ScoreTensor dbias_view;
+  if (needs_dbias && attn_bias.has_value()) {
+    const Argument bias{"attn_bias", *attn_bias};
+    dbias = zeros_like(bias);
+    if (dbias.numel() > 0) {
+      dbias_view = score_tensor(dbias, four_sizes(bias));
     }
-    const Tensor workspace = add_workspace(params, q, table::kRows[row], deterministic);
-    launch(params, q, row);
   }
-  return {without_padding(dq, head_dim), without_padding(dk, head_dim),
-          without_padding(dv, head_dim)};
+  auto [dq, dk, dv] =
+      run_backward(dout, dlse_tensor, q, k, v, out, softmax_lse, call, deterministic, dbias_view);
+  return {dq, dk, dv, dbias};
 }
 
 }  // namespace fa::api
 
-#define FA_FWD_SCHEMA                                                                              \
-  "(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, SymInt window_right, " \
-  "bool deterministic) -> (Tensor out, Tensor softmax_lse)"
+#define FA_GENERAL_SCHEMA                                                                \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "   \
+  "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? block_mask, " \
+  "Tensor? document_ids, Tensor? prefix_lens, "
 
-#define FA_BWD_SCHEMA                                                                          \
-  "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, " \
-  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic) "        \
-  "-> (Tensor dq, Tensor dk, Tensor dv)"
+#define FA_SCALE_SCHEMA \
+  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic"
 
-// fwd and fwd_eager are the same, and so are bwd and bwd_eager. Python gives fwd and bwd autograd
-// formulas, which tracing needs; eager calls have theirs outside the operators, and going around a
-// formula takes them longer than calling an operator that has none.
+#define FA_FWD_SCHEMA(more) \
+  "(Tensor q, Tensor k, Tensor v, " more FA_SCALE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)"
+
+#define FA_BWD_INPUTS \
+  "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+
+#define FA_BWD_SCHEMA FA_BWD_INPUTS FA_SCALE_SCHEMA ") -> (Tensor dq, Tensor dk, Tensor dv)"
+
+#define FA_BWD_GENERAL_SCHEMA                     \
+  FA_BWD_INPUTS FA_GENERAL_SCHEMA FA_SCALE_SCHEMA \
+      ", bool needs_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+
+// An operator and its eager twin are the same. Python gives the former an autograd formula, which
+// tracing needs; eager calls have theirs outside the operators, and going around a formula takes
+// them longer than calling an operator that has none. The plain operators are the general ones
+// without what they would have to look at.
 STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
-  library.def("fwd" FA_FWD_SCHEMA);
-  library.def("fwd_eager" FA_FWD_SCHEMA);
+  library.def("fwd" FA_FWD_SCHEMA(""));
+  library.def("fwd_eager" FA_FWD_SCHEMA(""));
   library.def("bwd" FA_BWD_SCHEMA);
   library.def("bwd_eager" FA_BWD_SCHEMA);
+  library.def("fwd_general" FA_FWD_SCHEMA(FA_GENERAL_SCHEMA));
+  library.def("fwd_general_eager" FA_FWD_SCHEMA(FA_GENERAL_SCHEMA));
+  library.def("bwd_general" FA_BWD_GENERAL_SCHEMA);
+  library.def("bwd_general_eager" FA_BWD_GENERAL_SCHEMA);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CPU, library) {
-  library.impl("fwd", TORCH_BOX(&fa::api::forward));
-  library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));
-  library.impl("bwd", TORCH_BOX(&fa::api::backward));
-  library.impl("bwd_eager", TORCH_BOX(&fa::api::backward));
-}
+#define FA_IMPLEMENT(library)                                              \
+  library.impl("fwd", TORCH_BOX(&fa::api::forward));                       \
+  library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));                 \
+  library.impl("bwd", TORCH_BOX(&fa::api::backward));                      \
+  library.impl("bwd_eager", TORCH_BOX(&fa::api::backward));                \
+  library.impl("fwd_general", TORCH_BOX(&fa::api::forward_general));       \
+  library.impl("fwd_general_eager", TORCH_BOX(&fa::api::forward_general)); \
+  library.impl("bwd_general", TORCH_BOX(&fa::api::backward_general));      \
+  library.impl("bwd_general_eager", TORCH_BOX(&fa::api::backward_general));
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CPU, library){FA_IMPLEMENT(library)}
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CUDA, library) {
-  library.impl("fwd", TORCH_BOX(&fa::api::forward));
-  library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));
-  library.impl("bwd", TORCH_BOX(&fa::api::backward));
-  library.impl("bwd_eager", TORCH_BOX(&fa::api::backward));
+  FA_IMPLEMENT(library)
 }

@@ -72,13 +72,21 @@ CudaDevice cuda_device(int device_index) {
 
 void limit_shared_memory(int64_t bytes) { g_smem_limit = bytes; }
 
-Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window) {
+Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window,
+                    const ScoreRules& rules) {
   return {.pass = pass,
           .dtype = dtype_of(q),
-          .head_dim = shape.head_dim,
+          .head_dim = std::max(shape.head_dim, shape.head_dim_v),
           .full_mask = window.is_full(),
+          .general_scores = rules.any(),
           .on_cuda = q.device.is_cuda(),
           .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
+}
+
+void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, const Argument& q) {
+  cuda_device(q.device.index());  // or throws, where there are no CUDA kernels
+  const torch::stable::accelerator::DeviceGuard guard(q.device.index());
+  registry().clean_sequences_on_cuda(&queries, &keys, current_cuda_stream(q.device.index()));
 }
 
 void launch(const FwdParams& params, const Argument& q, int row) {

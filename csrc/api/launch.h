@@ -16,7 +16,11 @@ CudaDevice cuda_device(int device_index);
 // that the kernels for smaller devices are chosen. 0: as much as there is.
 void limit_shared_memory(int64_t bytes);
 
-Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window);
+Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window,
+                    const ScoreRules& rules);
+
+// common/clean_sequences.h on the device of q.
+void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, const Argument& q);
 
 void launch(const FwdParams& params, const Argument& q, int row);
 void launch(const BwdParams& params, const Argument& q, int row);

@@ -18,19 +18,6 @@ constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async, and what TMA ask
 constexpr int64_t kCudaHeadDimMultiple = 8;
 constexpr size_t kMaxDims = 4;  // of a tensor made here
 
-// Parts of messages, put into words only where there is a message.
-struct ShapeOf {
-  IntHeaderOnlyArrayRef sizes;
-};
-
-std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
-  stream << "(";
-  for (size_t dim = 0; dim < shape.sizes.size(); ++dim) {
-    stream << (dim == 0 ? "" : ", ") << shape.sizes[dim];
-  }
-  return stream << ")";
-}
-
 struct DeviceOf {
   const Argument& argument;
 };
@@ -43,11 +30,6 @@ std::ostream& operator<<(std::ostream& stream, const DeviceOf& shown) {
 bool same_device(const Argument& a, const Argument& b) {
   return a.device.type() == b.device.type() &&
          (a.device.is_cpu() || a.device.index() == b.device.index());
-}
-
-void check_device(const Argument& argument, const Argument& reference) {
-  check(same_device(argument, reference), ErrorKind::kValue, argument.name, ": expected device ",
-        DeviceOf{reference}, " like ", reference.name, ", got ", DeviceOf{argument});
 }
 
 void check_same_kind(const Argument& argument, const Argument& reference) {
@@ -68,11 +50,6 @@ int check_extent(const Argument& argument, int dim, const char* dim_name, int64_
   check(size <= limit, ErrorKind::kValue, argument.name, ": expected ", dim_name, " at most ",
         limit, ", got ", size);
   return static_cast<int>(size);
-}
-
-void check_shape(const Argument& argument, IntHeaderOnlyArrayRef expected) {
-  check(argument.sizes.equals(expected), ErrorKind::kValue, argument.name, ": expected shape ",
-        ShapeOf{expected}, ", got ", ShapeOf{argument.sizes});
 }
 
 // Runs what makes a tensor on the device of `like`. torch's stable ABI tells that it failed, not
@@ -118,6 +95,24 @@ int32_t torch_number(Dtype dtype) {
 
 }  // namespace
 
+std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
+  stream << "(";
+  for (size_t dim = 0; dim < shape.sizes.size(); ++dim) {
+    stream << (dim == 0 ? "" : ", ") << shape.sizes[dim];
+  }
+  return stream << (shape.sizes.size() == 1 ? ",)" : ")");
+}
+
+void check_device(const Argument& argument, const Argument& reference) {
+  check(same_device(argument, reference), ErrorKind::kValue, argument.name, ": expected device ",
+        DeviceOf{reference}, " like ", reference.name, ", got ", DeviceOf{argument});
+}
+
+void check_shape(const Argument& argument, IntHeaderOnlyArrayRef expected) {
+  check(argument.sizes.equals(expected), ErrorKind::kValue, argument.name, ": expected shape ",
+        ShapeOf{expected}, ", got ", ShapeOf{argument.sizes});
+}
+
 Argument::Argument(const char* name, const Tensor& tensor)
     : name(name),
       tensor(tensor),
@@ -162,14 +157,15 @@ Shape check_qkv(const Argument& q, const Argument& k, const Argument& v) {
                     .num_heads_kv = check_extent(k, 2, "heads", int_limit),
                     .seqlen_q = check_extent(q, 1, "seqlen", kMaxSeqlen),
                     .seqlen_k = check_extent(k, 1, "seqlen", kMaxSeqlen),
-                    .head_dim = check_extent(q, 3, "head_dim", int_limit)};
+                    .head_dim = check_extent(q, 3, "head_dim", int_limit),
+                    .head_dim_v = check_extent(v, 3, "head_dim", int_limit)};
   check(shape.head_dim >= 1, ErrorKind::kValue, "q: expected head_dim of at least 1, got 0");
+  check(shape.head_dim_v >= 1, ErrorKind::kValue, "v: expected head_dim of at least 1, got 0");
   check_size(k, 0, "batch", shape.batch);
   check_size(k, 3, "head_dim", shape.head_dim);
   check_size(v, 0, "batch", shape.batch);
   check_size(v, 1, "seqlen", shape.seqlen_k);
   check_size(v, 2, "heads", shape.num_heads_kv);
-  check_size(v, 3, "head_dim", shape.head_dim);
   const bool divides =
       shape.num_heads_kv == 0 ? shape.num_heads == 0 : shape.num_heads % shape.num_heads_kv == 0;
   check(divides, ErrorKind::kValue, "k, v: expected a number of heads that divides the ",
@@ -177,8 +173,8 @@ Shape check_qkv(const Argument& q, const Argument& k, const Argument& v) {
   return shape;
 }
 
-void check_row_statistics(const Argument& argument, const Shape& shape, const Argument& q) {
-  const int64_t expected_shape[] = {shape.batch, shape.num_heads, shape.seqlen_q};
+void check_row_statistics(const Argument& argument, const Argument& q) {
+  const int64_t expected_shape[] = {q.sizes[0], q.sizes[2], q.sizes[1]};
   check_shape(argument, expected_shape);
   const Dtype expected = statistics_dtype(dtype_of(q));
   const Dtype dtype = dtype_of(argument);
@@ -187,9 +183,18 @@ void check_row_statistics(const Argument& argument, const Shape& shape, const Ar
   check_device(argument, q);
 }
 
-void check_like(const Argument& argument, const Argument& reference) {
-  check_shape(argument, reference.sizes);
-  check_same_kind(argument, reference);
+void check_like_out(const Argument& argument, const Argument& q, const Argument& v) {
+  const int64_t expected_shape[] = {q.sizes[0], q.sizes[1], q.sizes[2], v.sizes[3]};
+  check_shape(argument, expected_shape);
+  check_same_kind(argument, q);
+}
+
+void check_integers(const Argument& argument, std::initializer_list<int64_t> sizes,
+                    const Argument& q) {
+  check(argument.scalar_type == ScalarType::Int, ErrorKind::kType, argument.name,
+        ": expected int32, got ", torch::headeronly::toString(argument.scalar_type));
+  check_shape(argument, sizes);
+  check_device(argument, q);
 }
 
 WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_right) {
@@ -282,6 +287,15 @@ Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype d
                                        &tensor));
     return Tensor(tensor);
   });
+}
+
+Tensor zeros_like(const Argument& argument) {
+  return allocate(argument, argument.tensor.numel(),
+                  [&] { return torch::stable::new_zeros(argument.tensor, argument.sizes); });
+}
+
+Tensor scratch(int64_t bytes, const Argument& like) {
+  return empty({ceil_div(bytes, int64_t{sizeof(float)})}, like, Dtype::kFloat32);
 }
 
 Tensor without_padding(const Tensor& tensor, int head_dim) {

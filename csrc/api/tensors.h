@@ -9,7 +9,9 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <ostream>
 
 #include "common/params.h"
 #include "dispatch/registry.h"
@@ -35,14 +37,27 @@ Dtype dtype_of(const Argument& argument);
 // Row statistics are float, or double where the inputs are double.
 Dtype statistics_dtype(Dtype dtype);
 
-// Checks rank, dtype, device and shape of q, k, v against each other.
+// A shape in a message, put into words only where there is a message.
+struct ShapeOf {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+};
+std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape);
+
+void check_device(const Argument& argument, const Argument& reference);
+void check_shape(const Argument& argument, torch::headeronly::IntHeaderOnlyArrayRef expected);
+
+// Checks rank, dtype, device and shape of q, k, v against each other. The batch is that of q.
 Shape check_qkv(const Argument& q, const Argument& k, const Argument& v);
 
-// Checks that a tensor has the shape, dtype and device of a reference.
-void check_like(const Argument& argument, const Argument& reference);
+// Checks a tensor like the result for q and v.
+void check_like_out(const Argument& argument, const Argument& q, const Argument& v);
 
 // Checks a (batch, heads, seqlen_q) tensor of row statistics for the problem of a q.
-void check_row_statistics(const Argument& argument, const Shape& shape, const Argument& q);
+void check_row_statistics(const Argument& argument, const Argument& q);
+
+// Checks an int32 tensor on the device of q.
+void check_integers(const Argument& argument, std::initializer_list<int64_t> sizes,
+                    const Argument& q);
 
 // Checks the window's bounds: -1 (unbounded) or a number of keys.
 WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_right);
@@ -72,6 +87,12 @@ Tensor make_contiguous(const Argument& argument);
 
 // A new contiguous tensor on the device of `like`.
 Tensor empty(std::initializer_list<int64_t> sizes, const Argument& like, Dtype dtype);
+
+// A new contiguous tensor of zeros like another.
+Tensor zeros_like(const Argument& argument);
+
+// Memory on the device of `like`, for kernels alone.
+Tensor scratch(int64_t bytes, const Argument& like);
 
 // The first head_dim columns of a kernel's output, contiguous.
 Tensor without_padding(const Tensor& tensor, int head_dim);

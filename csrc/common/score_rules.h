@@ -94,8 +94,8 @@ class PrefixWindow {
   // Whether every query of the range, of those that exist, sees all of the keys.
   FA_HOST_DEVICE constexpr bool all(Range queries, Range keys) const {
     const Range seen = window_.keys_seen_by_all(queries);
-    return keys.end <= prefix_ || (seen.begin <= keys.begin && keys.end <= seen.end) ||
-           (seen.begin <= prefix_ && !seen.empty() && keys.end <= seen.end);
+    const int first = max(keys.begin, prefix_);
+    return first >= keys.end || (seen.begin <= first && keys.end <= seen.end);
   }
 
   FA_HOST_DEVICE constexpr const WindowMask& window() const { return window_; }

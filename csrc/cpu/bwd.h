@@ -4,140 +4,21 @@
 //   dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K
 // With enough heads a task is one head of keys and values: five products per pair of tiles, dK and
 // dV summed in scratch of the length of the keys. With few heads, dK and dV and then dQ are tasks
-// of one tile each, and compute P and dP twice: seven products, but as many tasks as tiles.
+// of one tile each, and compute P and dP twice: seven products, but as many tasks as tiles. The
+// gradient of a bias (dS itself) takes two more.
 #pragma once
 
 #include <cstdint>
 
 #include "common/scheduler.h"
-#include "cpu/mask.h"
+#include "cpu/bwd_tiles.h"
+#include "cpu/dbias.h"
 #include "cpu/parallel.h"
-#include "cpu/tile.h"
 
 namespace fa::cpu::FA_CPU_ISA {
 
 // From this many heads of keys and values in the batch on, tasks are whole heads.
 inline constexpr int64_t kManyHeads = 16;
-
-// The steps for a tile of queries and a tile of keys. As in the forward pass, scores and all that
-// has their shape are held transposed, (keys, queries).
-template <Dtype kDtype, int kTileM, int kTileN>
-class BwdTiles {
- public:
-  using Element = typename ElementOf<kDtype>::Element;
-  using Real = typename ElementOf<kDtype>::Real;
-  static_assert(kTileM % kBlockColumns<Real> == 0);
-
-  explicit BwdTiles(const BwdParams& params)
-      : params_(params),
-        window_(params.window),
-        head_dim_(params.shape.head_dim),
-        scale_(static_cast<Real>(params.softmax_scale)),
-        q_(kTileM, head_dim_),
-        dout_(kTileM, head_dim_),
-        q_transposed_(head_dim_, kTileM),
-        dout_transposed_(head_dim_, kTileM),
-        k_(kTileN, head_dim_),
-        v_(kTileN, head_dim_),
-        p_(kTileN, kTileM),
-        ds_(kTileN, kTileM),
-        dq_(kTileM, head_dim_) {}
-
-  // window: of the sequences that both the queries and the keys belong to.
-  void load_queries(const WindowMask& window, const Rows& rows) {
-    window_ = window;
-    queries_ = rows;
-    const int queries = rows.range.size();
-    load_rows<Element>(params_.q, rows, head_dim_, scale_, q_.tile());
-    load_rows<Element>(params_.dout, rows, head_dim_, Real{1}, dout_.tile());
-    transpose(q_.tile(), queries, head_dim_, q_transposed_.tile());
-    transpose(dout_.tile(), queries, head_dim_, dout_transposed_.tile());
-    visible_keys_.set(window, rows.range);
-
-    const Real* lse = params_.softmax_lse.row<Real>(rows.batch, rows.head) + rows.first();
-    const Real* delta = params_.delta.row<Real>(rows.batch, rows.head) + rows.first();
-    for (int query = 0; query < kTileM; ++query) {
-      // A query that sees no key, and one past the end: exp(score - inf) is 0 for any score.
-      const bool sees_keys = query < queries && lse[query] != -kInfinity<Real>;
-      lse_[query] = sees_keys ? lse[query] : kInfinity<Real>;
-      delta_[query] = sees_keys ? delta[query] : 0;  // else what reaches its LSE may be NaN
-    }
-  }
-
-  void load_keys(const Rows& rows) {
-    keys_ = rows.range;
-    load_rows<Element>(params_.k, rows, head_dim_, Real{1}, k_.tile());
-    load_rows<Element>(params_.v, rows, head_dim_, Real{1}, v_.tile());
-  }
-
-  // P and dS of the loaded tiles.
-  void compute_p_and_ds() {
-    const int columns = padded<Real>(queries_.range.size());
-    const Tile<Real> p = p_.tile();
-    const Tile<Real> ds = ds_.tile();
-    multiply<Lhs::kPlain, Result::kOverwrite>(keys_.size(), columns, head_dim_, k_.tile(),
-                                              q_transposed_.tile(), p);
-    multiply<Lhs::kPlain, Result::kOverwrite>(keys_.size(), columns, head_dim_, v_.tile(),
-                                              dout_transposed_.tile(), ds);
-    if (needs_mask(window_, queries_.range, keys_)) {
-      visible_keys_.hide(keys_, columns, -kInfinity<Real>, p);
-      visible_keys_.hide(keys_, columns, 0, ds);  // may be inf, and 0 * inf is NaN
-    }
-    for (int key = 0; key < keys_.size(); ++key) {
-      for (int query = 0; query < columns; query += kLanes<Real>) {
-        Real* p_lanes = p.row(key) + query;
-        Real* ds_lanes = ds.row(key) + query;
-        const Vec<Real> probability = exp<Real>(load(p_lanes) - load(lse_ + query));
-        store(p_lanes, probability);
-        const Vec<Real> ds_of_visible = probability * (load(ds_lanes) - load(delta_ + query));
-        store(ds_lanes, probability == Vec<Real>{} ? Vec<Real>{} : ds_of_visible);
-      }
-    }
-  }
-
-  void clear_dq() { fill_rows<Real>(dq_.tile(), queries_.range.size(), head_dim_, 0); }
-
-  void add_dq() {
-    multiply<Lhs::kTransposed, Result::kAddTo>(queries_.range.size(), padded<Real>(head_dim_),
-                                               keys_.size(), ds_.tile(), k_.tile(), dq_.tile());
-  }
-
-  void store_dq() {
-    store_rows<Element>(
-        dq_.tile(), queries_, head_dim_, [this](int) { return scale_; }, params_.dq);
-  }
-
-  // dk, dv: (keys, head_dim). The loaded queries carry the scale, and so does dk.
-  void add_dk_dv(Tile<Real> dk, Tile<Real> dv) {
-    const int queries = queries_.range.size();
-    multiply<Lhs::kPlain, Result::kAddTo>(keys_.size(), padded<Real>(head_dim_), queries, p_.tile(),
-                                          dout_.tile(), dv);
-    multiply<Lhs::kPlain, Result::kAddTo>(keys_.size(), padded<Real>(head_dim_), queries,
-                                          ds_.tile(), q_.tile(), dk);
-  }
-
-  void store_dk_dv(const Rows& rows, Tile<Real> dk, Tile<Real> dv) {
-    const auto one = [](int) { return Real{1}; };
-    store_rows<Element>(dk, rows, head_dim_, one, params_.dk);
-    store_rows<Element>(dv, rows, head_dim_, one, params_.dv);
-  }
-
- private:
-  const BwdParams& params_;
-  WindowMask window_;
-  int head_dim_;
-  Real scale_;
-  Rows queries_{};
-  Range keys_{};
-  TileBuffer<Real> q_, dout_;                        // (queries, head_dim); q times the scale
-  TileBuffer<Real> q_transposed_, dout_transposed_;  // (head_dim, queries)
-  TileBuffer<Real> k_, v_;                           // (keys, head_dim)
-  TileBuffer<Real> p_, ds_;                          // (keys, queries)
-  TileBuffer<Real> dq_;                              // (queries, head_dim)
-  VisibleKeys<Real, kTileM> visible_keys_;
-  alignas(kCacheLine) Real lse_[kTileM];
-  alignas(kCacheLine) Real delta_[kTileM];
-};
 
 template <Dtype kDtype, int kTileM, int kTileN>
 class Backward {
@@ -161,14 +42,17 @@ class Backward {
       run_dk_dv_by_tiles();
       run_dq_by_tiles();
     }
+    if (params_.dbias.data != nullptr) {
+      BiasGradient<kDtype, kTileM, kTileN>(params_, context_).run();
+    }
   }
 
  private:
   void compute_delta() const {
     const TileScheduler scheduler = {query_tiles_, shape_.num_heads, shape_.batch};
     parallel_for(context_, scheduler.count(), [&](int64_t begin, int64_t end) {
-      const TileBuffer<Real> out(kTileM, shape_.head_dim);
-      const TileBuffer<Real> dout(kTileM, shape_.head_dim);
+      const TileBuffer<Real> out(kTileM, shape_.head_dim_v);
+      const TileBuffer<Real> dout(kTileM, shape_.head_dim_v);
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
         const Sequence queries = params_.queries.at(work.batch, shape_.seqlen_q);
@@ -181,12 +65,12 @@ class Backward {
   }
 
   void compute_delta(const Rows& rows, Tile<Real> out, Tile<Real> dout) const {
-    load_rows<Element>(params_.out, rows, shape_.head_dim, Real{1}, out);
-    load_rows<Element>(params_.dout, rows, shape_.head_dim, Real{1}, dout);
+    load_rows<Element>(params_.out, rows, shape_.head_dim_v, Real{1}, out);
+    load_rows<Element>(params_.dout, rows, shape_.head_dim_v, Real{1}, dout);
     Real* delta = params_.delta.row<Real>(rows.batch, rows.head) + rows.first();
     for (int query = 0; query < rows.range.size(); ++query) {
       Vec<Real> sum = {};
-      for (int column = 0; column < padded<Real>(shape_.head_dim); column += kLanes<Real>) {
+      for (int column = 0; column < padded<Real>(shape_.head_dim_v); column += kLanes<Real>) {
         sum += load(out.row(query) + column) * load(dout.row(query) + column);
       }
       delta[query] = sum_of_lanes<Real>(sum);
@@ -204,14 +88,14 @@ class Backward {
     parallel_for(context_, scheduler.count(), [&](int64_t begin, int64_t end) {
       Tiles tiles(params_);
       const TileBuffer<Real> dk(shape_.seqlen_k, shape_.head_dim);
-      const TileBuffer<Real> dv(shape_.seqlen_k, shape_.head_dim);
+      const TileBuffer<Real> dv(shape_.seqlen_k, shape_.head_dim_v);
       const auto add_dk_dv = [&](int key) { tiles.add_dk_dv(dk.tile(key), dv.tile(key)); };
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
         const SequencePair sequences(params_, work.batch);
         const int seqlen_k = sequences.keys.length;
         fill_rows<Real>(dk.tile(), seqlen_k, shape_.head_dim, 0);
-        fill_rows<Real>(dv.tile(), seqlen_k, shape_.head_dim, 0);
+        fill_rows<Real>(dv.tile(), seqlen_k, shape_.head_dim_v, 0);
         for (int head = first_head(work.head); head < first_head(work.head + 1); ++head) {
           for (int query = 0; query < sequences.queries.length; query += kTileM) {
             const Range range = {query, min(query + kTileM, sequences.queries.length)};
@@ -230,7 +114,7 @@ class Backward {
     parallel_for(context_, scheduler.count(), [&](int64_t begin, int64_t end) {
       Tiles tiles(params_);
       const TileBuffer<Real> dk(kTileN, shape_.head_dim);
-      const TileBuffer<Real> dv(kTileN, shape_.head_dim);
+      const TileBuffer<Real> dv(kTileN, shape_.head_dim_v);
       for (int64_t index = begin; index < end; ++index) {
         const WorkTile work = scheduler.at(index);
         const SequencePair sequences(params_, work.batch);
@@ -247,15 +131,20 @@ class Backward {
   void compute_dk_dv(const SequencePair& sequences, const Rows& rows, Tiles& tiles, Tile<Real> dk,
                      Tile<Real> dv) const {
     fill_rows<Real>(dk, rows.range.size(), shape_.head_dim, 0);
-    fill_rows<Real>(dv, rows.range.size(), shape_.head_dim, 0);
-    tiles.load_keys(rows);
+    fill_rows<Real>(dv, rows.range.size(), shape_.head_dim_v, 0);
+    tiles.set_keys(rows);
+    tiles.load_keys();
     const Range seeing = sequences.window.queries_seeing_any(rows.range);
     for (int head = first_head(rows.head); head < first_head(rows.head + 1); ++head) {
-      for (int query = seeing.begin; query < seeing.end; query += kTileM) {
+      for (int query = first_of_walk(params_.rules, seeing, kTileM); query < seeing.end;
+           query += kTileM) {
         const Range range = {query, min(query + kTileM, seeing.end)};
-        tiles.load_queries(sequences.window, {rows.batch, head, sequences.queries, range});
-        tiles.compute_p_and_ds();
-        tiles.add_dk_dv(dk, dv);
+        tiles.set_queries(sequences.window, {rows.batch, head, sequences.queries, range});
+        if (tiles.any_seen()) {
+          tiles.load_queries();
+          tiles.compute_p_and_ds();
+          tiles.add_dk_dv(dk, dv);
+        }
       }
     }
     tiles.store_dk_dv(rows, dk, dv);
@@ -282,15 +171,19 @@ class Backward {
   template <typename AddMore>
   void compute_dq(const SequencePair& sequences, const Rows& rows, Tiles& tiles,
                   const AddMore& add_more) const {
-    tiles.load_queries(sequences.window, rows);
+    tiles.set_queries(sequences.window, rows);
+    tiles.load_queries();
     tiles.clear_dq();
     const Range seen = sequences.window.keys_seen_by_any(rows.range);
-    for (int key = seen.begin; key < seen.end; key += kTileN) {
+    for (int key = first_of_walk(params_.rules, seen, kTileN); key < seen.end; key += kTileN) {
       const Range range = {key, min(key + kTileN, seen.end)};
-      tiles.load_keys({rows.batch, head_kv(rows.head), sequences.keys, range});
-      tiles.compute_p_and_ds();
-      tiles.add_dq();
-      add_more(key);
+      tiles.set_keys({rows.batch, head_kv(rows.head), sequences.keys, range});
+      if (tiles.any_seen()) {
+        tiles.load_keys();
+        tiles.compute_p_and_ds();
+        tiles.add_dq();
+        add_more(key);
+      }
     }
     tiles.store_dq();
   }

@@ -10,8 +10,8 @@
 #include <cstdint>
 
 #include "common/scheduler.h"
-#include "cpu/mask.h"
 #include "cpu/parallel.h"
+#include "cpu/rules.h"
 #include "cpu/tile.h"
 
 namespace fa::cpu::FA_CPU_ISA {
@@ -94,14 +94,14 @@ class FwdWorker {
       : params_(params),
         rows_(max(kTileM, kTileN), params.shape.head_dim),
         q_transposed_(params.shape.head_dim, kTileM),
-        v_(kTileN, params.shape.head_dim),
+        v_(kTileN, params.shape.head_dim_v),
         scores_(kTileN, kTileM),
-        out_(kTileM, params.shape.head_dim) {}
+        out_(kTileM, params.shape.head_dim_v),
+        rules_(params.rules) {}
 
   void run(const WorkTile& work) {
     const Shape& shape = params_.shape;
     const SequencePair sequences(params_, work.batch);
-    const WindowMask& window = sequences.window;
     const Range queries = tile_range(work.tile, kTileM, sequences.queries.length);
     if (queries.empty()) {  // a sequence shorter than the longest
       return;
@@ -114,30 +114,32 @@ class FwdWorker {
     const Tile<Real> q_transposed = q_transposed_.tile();  // (head_dim, queries)
     load_rows<Element>(params_.q, query_rows, shape.head_dim, scale, q);
     transpose(q, queries.size(), shape.head_dim, q_transposed);
-    visible_keys_.set(window, queries);
-    const Tile<Real> out = out_.tile();  // (queries, head_dim)
-    fill_rows<Real>(out, queries.size(), shape.head_dim, 0);
+    rules_.set_queries(sequences.window, query_rows);
+    const Tile<Real> out = out_.tile();  // (queries, head_dim_v)
+    fill_rows<Real>(out, queries.size(), shape.head_dim_v, 0);
     OnlineSoftmax<Real, kTileM> softmax;
 
-    const Range seen = window.keys_seen_by_any(queries);
-    for (int first_key = seen.begin; first_key < seen.end; first_key += kTileN) {
+    const Range seen = sequences.window.keys_seen_by_any(queries);
+    for (int first_key = first_of_walk(params_.rules, seen, kTileN); first_key < seen.end;
+         first_key += kTileN) {
       const Range keys = {first_key, min(first_key + kTileN, seen.end)};
+      if (!rules_.any_seen(keys)) {
+        continue;
+      }
       const Rows key_rows = {work.batch, head_kv, sequences.keys, keys};
       const Tile<Real> k = rows_.tile();
       const Tile<Real> v = v_.tile();
       const Tile<Real> scores = scores_.tile();  // (keys, queries)
       load_rows<Element>(params_.k, key_rows, shape.head_dim, Real{1}, k);
-      load_rows<Element>(params_.v, key_rows, shape.head_dim, Real{1}, v);
+      load_rows<Element>(params_.v, key_rows, shape.head_dim_v, Real{1}, v);
 
       const int columns = padded<Real>(queries.size());
       multiply<Lhs::kPlain, Result::kOverwrite>(keys.size(), columns, shape.head_dim, k,
                                                 q_transposed, scores);
-      if (needs_mask(window, queries, keys)) {
-        visible_keys_.hide(keys, columns, -kInfinity<Real>, scores);
-      }
+      rules_.apply(columns, scores);
       softmax.update(keys.size(), columns, scores);
       rescale_out(softmax, queries.size());
-      multiply<Lhs::kTransposed, Result::kAddTo>(queries.size(), padded<Real>(shape.head_dim),
+      multiply<Lhs::kTransposed, Result::kAddTo>(queries.size(), padded<Real>(shape.head_dim_v),
                                                  keys.size(), scores, v, out);
     }
     store_results(softmax, query_rows);
@@ -148,7 +150,8 @@ class FwdWorker {
     for (int query = 0; query < queries; ++query) {
       Real* row = out_.tile().row(query);
       const Vec<Real> rescale = broadcast(softmax.rescale(query));
-      for (int column = 0; column < padded<Real>(params_.shape.head_dim); column += kLanes<Real>) {
+      for (int column = 0; column < padded<Real>(params_.shape.head_dim_v);
+           column += kLanes<Real>) {
         store(row + column, load(row + column) * rescale);
       }
     }
@@ -156,7 +159,7 @@ class FwdWorker {
 
   void store_results(const OnlineSoftmax<Real, kTileM>& softmax, const Rows& rows) {
     const auto inverse_sum = [&softmax](int query) { return softmax.inverse_sum(query); };
-    store_rows<Element>(out_.tile(), rows, params_.shape.head_dim, inverse_sum, params_.out);
+    store_rows<Element>(out_.tile(), rows, params_.shape.head_dim_v, inverse_sum, params_.out);
     Real* lse = params_.softmax_lse.row<Real>(rows.batch, rows.head) + rows.first();
     for (int query = 0; query < rows.range.size(); ++query) {
       lse[query] = softmax.lse(query);
@@ -169,7 +172,7 @@ class FwdWorker {
   TileBuffer<Real> v_;
   TileBuffer<Real> scores_;
   TileBuffer<Real> out_;
-  VisibleKeys<Real, kTileM> visible_keys_;
+  TileRules<Real, kTileM, kTileN> rules_;
 };
 
 template <int kRow>

@@ -12,6 +12,8 @@
 #include "common/math.h"
 #include "common/params.h"
 #include "common/scheduler.h"
+#include "common/score_rules.h"
+#include "common/tile_map.h"
 #include "common/types.h"
 #include "common/window.h"
 #include "dispatch/registry.h"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which scores of a tile are hidden.
+// Which scores of a tile the window and the prefix hide.
 #pragma once
 
-#include "common/window.h"
+#include "common/score_rules.h"
 #include "cpu/tile.h"
 
 namespace fa::cpu::FA_CPU_ISA {
@@ -11,11 +11,13 @@ namespace fa::cpu::FA_CPU_ISA {
 template <typename Real, int kTileM>
 class VisibleKeys {
  public:
-  void set(const WindowMask& window, Range queries) {
+  void set(const PrefixWindow& window, Range queries) {
+    prefix_ = window.prefix();
     for (int query = 0; query < kTileM; ++query) {
       const int index = queries.begin + query;
-      const Range keys =
-          query < queries.size() ? window.keys_seen_by_any({index, index + 1}) : Range{0, 0};
+      const Range keys = query < queries.size()
+                             ? window.window().keys_seen_by_any({index, index + 1})
+                             : Range{0, 0};
       begin_[query] = keys.begin;
       end_[query] = keys.end;
     }
@@ -24,7 +26,7 @@ class VisibleKeys {
   // tile (keys, queries) = hidden where a query does not see a key.
   void hide(Range keys, int queries, Real hidden, Tile<Real> tile) const {
     using Int = typename Simd<Real>::Int;
-    for (int key = keys.begin; key < keys.end; ++key) {
+    for (int key = max(keys.begin, prefix_); key < keys.end; ++key) {
       Real* line = tile.row(key - keys.begin);
       for (int query = 0; query < queries; query += kLanes<Real>) {
         const Int begin = *reinterpret_cast<const Int*>(begin_ + query);
@@ -37,14 +39,9 @@ class VisibleKeys {
 
  private:
   using Lane = typename Simd<Real>::Lane;
+  int prefix_ = 0;  // keys that all queries see
   alignas(kCacheLine) Lane begin_[kTileM];
   alignas(kCacheLine) Lane end_[kTileM];
 };
-
-// Keys of a tile all of whose queries see them need no mask.
-FA_CPU_INLINE bool needs_mask(const WindowMask& window, Range queries, Range keys) {
-  const Range clear = window.keys_seen_by_all(queries);
-  return keys.begin < clear.begin || keys.end > clear.end;
-}
 
 }  // namespace fa::cpu::FA_CPU_ISA

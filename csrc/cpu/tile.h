@@ -49,11 +49,11 @@ struct SequencePair {
   SequencePair(const Params& params, int batch)
       : queries(params.queries.at(batch, params.shape.seqlen_q)),
         keys(params.keys.at(batch, params.shape.seqlen_k)),
-        window(params.window.over(queries.length, keys.length)) {}
+        window(params.rules, params.window.over(queries.length, keys.length), batch) {}
 
   Sequence queries;
   Sequence keys;
-  WindowMask window;
+  PrefixWindow window;
 };
 
 // Where a tile lies in a tensor.

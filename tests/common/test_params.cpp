@@ -82,8 +82,13 @@ void check_row_statistics() {
 }
 
 void check_group_size() {
-  const Shape shape{
-      .batch = 1, .num_heads = 12, .num_heads_kv = 3, .seqlen_q = 1, .seqlen_k = 1, .head_dim = 64};
+  const Shape shape{.batch = 1,
+                    .num_heads = 12,
+                    .num_heads_kv = 3,
+                    .seqlen_q = 1,
+                    .seqlen_k = 1,
+                    .head_dim = 64,
+                    .head_dim_v = 64};
   FA_EXPECT_EQ(shape.group_size(), 4);
 }
 
