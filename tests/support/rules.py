@@ -112,7 +112,11 @@ def draw_rules(case: Case, generator: torch.Generator) -> Rules:
     arguments = {f"{word}_q": used_q, f"{word}_k": used_k}
     packing_q = packing_k = None
     if case.varlen:
-        packing_q, packing_k = _packing(slots_q, used_q), _packing(slots_k, used_k)
+        around = torch.randint(3, (2,), generator=generator).tolist()
+        packing_q, packing_k = (
+            _packing(slots_q, used_q, *around),
+            _packing(slots_k, used_k, *around),
+        )
         used_q, used_k = packing_q.lengths, packing_k.lengths
         arguments |= {"cu_seqlens_q": packing_q.cu_seqlens, "cu_seqlens_k": packing_k.cu_seqlens}
     if case.prefix:
@@ -192,10 +196,11 @@ def _draw_lengths(
     return (fraction.clamp(0, 1) * most).round().int()
 
 
-def _packing(slots: Tensor, used: Tensor | None) -> Packing:
-    cu_seqlens = torch.zeros(len(slots) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = slots.cumsum(0)
-    return Packing(cu_seqlens, slots if used is None else used, int(cu_seqlens[-1]))
+def _packing(slots: Tensor, used: Tensor | None, before: int, after: int) -> Packing:
+    """before, after: rows of no sequence at both ends of the packed tensor."""
+    cu_seqlens = torch.full((len(slots) + 1,), before, dtype=torch.int32)
+    cu_seqlens[1:] += slots.cumsum(0)
+    return Packing(cu_seqlens, slots if used is None else used, int(cu_seqlens[-1]) + after)
 
 
 def _padding_mask(case: Case, generator: torch.Generator) -> Tensor:
