@@ -1,23 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Attention in plain PyTorch: what the kernels compute, written to be read rather than to be fast.
 
-Both functions store the whole (seqlen_q, seqlen_k) matrix of scores, which FlashAttention
+All functions store the whole (seqlen_q, seqlen_k) matrix of scores, which FlashAttention
 (Dao et al. 2022; FlashAttention-2, Dao 2023) avoids:
 
-    S = softmax_scale * Q K^T,   P = softmax(S),   O = P V,   LSE = log(sum(exp(S))).
+    S = softmax_scale * Q K^T + bias,   P = softmax(S),   O = P V,   LSE = log(sum(exp(S))).
 
-`attention_ref` is the yardstick of the tests; `standard_attention` is the usual implementation in
-the precision of its inputs, which the demo and the benchmarks compare with.
+`attention_ref` is the yardstick of the tests, and `attention_varlen_ref` the same for packed
+sequences; `visible_pairs` is the one rule behind every mask. `standard_attention` is the usual
+implementation in the precision of its inputs, which the demo and the benchmarks compare with.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["attention_ref", "standard_attention", "window_mask"]
+__all__ = [
+    "attention_ref",
+    "attention_varlen_ref",
+    "standard_attention",
+    "visible_pairs",
+    "window_mask",
+]
+
+BLOCK = 128  # queries, and keys, that an element of a block mask stands for
 
 
 def window_mask(
@@ -35,18 +45,54 @@ def window_mask(
     i + offset - left <= j <= i + offset + right. A side of -1 is unbounded; `causal` sets right
     to 0.
     """
-    left, right = window_size
-    if causal:
-        right = 0
     query = torch.arange(seqlen_q, device=device)[:, None]
     key = torch.arange(seqlen_k, device=device)[None, :]
-    distance = key - (query + seqlen_k - seqlen_q)
-    mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    if left >= 0:
-        mask &= distance >= -left
-    if right >= 0:
-        mask &= distance <= right
-    return mask
+    return _in_window(key - (query + seqlen_k - seqlen_q), causal, window_size)
+
+
+def visible_pairs(
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which keys each query sees: bool, (batch or 1, heads or 1, seqlen_q, seqlen_k).
+
+    Query i sees key j iff both exist, the window shows j or j < prefix_lens, both are of one
+    document, and every mask is True there. Masks and documents count from row 0 of the tensors.
+
+    seqlens_q, seqlens_k: (batch,), how many rows exist; the window (see `window_mask`) is aligned
+    at these ends. prefix_lens: (batch,). document_ids: (batch, seqlen), where seqlen_q = seqlen_k.
+    attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k); key_padding_mask:
+    (batch, seqlen_k); block_mask: broadcastable to
+    (batch, heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)).
+    """
+    query = torch.arange(seqlen_q, device=device)[None, None, :, None]
+    key = torch.arange(seqlen_k, device=device)[None, None, None, :]
+    length_q = seqlen_q if seqlens_q is None else seqlens_q[:, None, None, None]
+    length_k = seqlen_k if seqlens_k is None else seqlens_k[:, None, None, None]
+    visible = _in_window(key - (query + length_k - length_q), causal, window_size)
+    if prefix_lens is not None:
+        visible = visible | (key < prefix_lens[:, None, None, None])
+    visible = visible & (query < length_q) & (key < length_k)
+    if document_ids is not None:
+        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    if key_padding_mask is not None:
+        visible = visible & key_padding_mask[:, None, None, :]
+    if attn_mask is not None:
+        visible = visible & attn_mask
+    if block_mask is not None:
+        visible = visible & _expand_blocks(block_mask, seqlen_q, seqlen_k)
+    return visible
 
 
 def attention_ref(
@@ -55,36 +101,92 @@ def attention_ref(
     v: Tensor,
     *,
     softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    attn_bias: Tensor | None = None,
     upcast: torch.dtype = torch.float64,
+    **visibility: Any,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention, computed in `upcast` and differentiable through both results.
 
-    q is (batch, seqlen_q, heads, head_dim); k and v are (batch, seqlen_k, heads_kv, head_dim),
-    where heads_kv divides heads and key head i serves the query heads of the i-th group.
-    softmax_scale is 1 / sqrt(head_dim) by default. See `window_mask` for causal and window_size.
+    q is (batch, seqlen_q, heads, head_dim), k is (batch, seqlen_k, heads_kv, head_dim) and v is
+    (batch, seqlen_k, heads_kv, head_dim_v), where heads_kv divides heads and key head i serves the
+    query heads of the i-th group. softmax_scale is 1 / sqrt(head_dim) by default. attn_bias is
+    added to the scores and broadcastable to (batch, heads, seqlen_q, seqlen_k). `visibility` are
+    the arguments of `visible_pairs`. A pair that it hides has no influence, even where its bias is
+    NaN, nor has a row of q, k or v that takes part in no pair.
 
-    Returns out, (batch, seqlen_q, heads, head_dim), and lse, (batch, heads, seqlen_q), the natural
-    logarithm of each row's softmax denominator, both in `upcast`. A row that sees no key has
-    out 0, lse -inf and gradients of 0.
+    Returns out, (batch, seqlen_q, heads, head_dim_v), and lse, (batch, heads, seqlen_q), the
+    natural logarithm of each row's softmax denominator, both in `upcast`. A row that sees no key,
+    or only scores of -inf, has out 0, lse -inf and gradients of 0.
     """
-    q, k, v = q.to(upcast), k.to(upcast), v.to(upcast)
-    k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
-    scale = _scale_or_default(softmax_scale, q.shape[3])
-    mask = window_mask(
-        q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device
-    )
-    sees_nothing = ~mask.any(dim=1)
+    visible = visible_pairs(q.shape[1], k.shape[1], device=q.device, **visibility)
+    seeing, seen = visible.any(dim=3)[..., None], visible.any(dim=2)[..., None]
+    heads = q.shape[2]
+    # (batch, heads, seqlen, head_dim) from here on. NaN times 0 is NaN: rows without a pair are 0.
+    q, k, v = (x.to(upcast).transpose(1, 2) for x in (q, k, v))
+    q = q.masked_fill(~seeing, 0.0)
+    k, v = (_repeat_heads(x, heads).masked_fill(~seen, 0.0) for x in (k, v))
 
-    scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = scores.masked_fill(~mask, -math.inf)
+    scores = _scale_or_default(softmax_scale, q.shape[3]) * (q @ k.mT)
+    if attn_bias is not None:
+        scores = scores + attn_bias.to(upcast)
+    scores = scores.masked_fill(~visible, -math.inf)
     # The logarithm of an empty sum is -inf, and its derivative is NaN. Rows without a key are
     # therefore taken out before the logarithm and put back after it.
-    log_sum = torch.logsumexp(scores.masked_fill(sees_nothing[:, None], 0.0), dim=-1)
+    sees_nothing = (scores == -math.inf).all(dim=-1)
+    log_sum = torch.logsumexp(scores.masked_fill(sees_nothing[..., None], 0.0), dim=-1)
     probabilities = torch.exp(scores - log_sum.masked_fill(sees_nothing, 0.0)[..., None])
-    out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
+    out = (probabilities @ v).transpose(1, 2)
     lse = log_sum.masked_fill(sees_nothing, -math.inf)
+    return out, lse
+
+
+def attention_varlen_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    upcast: torch.dtype = torch.float64,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """`attention_ref` of each of several packed sequences.
+
+    q is (total_q, heads, head_dim), k is (total_k, heads_kv, head_dim) and v is
+    (total_k, heads_kv, head_dim_v). Sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1], of which
+    the first seqused[i] count. attn_bias, attn_mask and block_mask are as for `attention_ref` with
+    the longest sequences' lengths, prefix_lens is (batch,), and `arguments` are those of
+    `attention_ref` that are the same for all sequences.
+
+    Returns out, (total_q, heads, head_dim_v), and lse, (heads, total_q). Rows of no sequence have
+    out 0 and lse -inf.
+    """
+    rows_q, rows_k = _rows(cu_seqlens_q, seqused_q), _rows(cu_seqlens_k, seqused_k)
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=upcast, device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=upcast, device=q.device)
+    for index, (of_q, of_k) in enumerate(zip(rows_q, rows_k, strict=True)):
+        length_q, length_k = of_q.stop - of_q.start, of_k.stop - of_k.start
+        blocks_q, blocks_k = math.ceil(length_q / BLOCK), math.ceil(length_k / BLOCK)
+        one_out, one_lse = attention_ref(
+            q[None, of_q],
+            k[None, of_k],
+            v[None, of_k],
+            attn_bias=_of_sequence(attn_bias, index, length_q, length_k),
+            attn_mask=_of_sequence(attn_mask, index, length_q, length_k),
+            block_mask=_of_sequence(block_mask, index, blocks_q, blocks_k),
+            prefix_lens=None if prefix_lens is None else prefix_lens[index : index + 1],
+            upcast=upcast,
+            **arguments,
+        )
+        place = torch.arange(of_q.start, of_q.stop, device=q.device)
+        out = out.index_copy(0, place, one_out[0])
+        lse = lse.index_copy(1, place, one_lse[0])
     return out, lse
 
 
@@ -103,21 +205,60 @@ def standard_attention(
     softmax gives NaN for a row that sees none.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
-    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    heads = q.shape[2]
+    q, k, v = (_repeat_heads(x.transpose(1, 2), heads) for x in (q, k, v))
+    scores = q @ k.mT
     scores = scores * _scale_or_default(softmax_scale, q.shape[3])
     if causal or tuple(window_size) != (-1, -1):
         mask = window_mask(
             seqlen_q, seqlen_k, causal=causal, window_size=window_size, device=q.device
         )
         scores = scores.masked_fill(~mask, -math.inf)
-    out = torch.softmax(scores, dim=-1) @ v.transpose(1, 2)
+    out = torch.softmax(scores, dim=-1) @ v
     return out.transpose(1, 2)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+
+
+def _in_window(distance: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
+    """distance: how far a key lies after the one that is aligned with the query."""
+    left, right = window_size
+    if causal:
+        right = 0
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        mask &= distance >= -left
+    if right >= 0:
+        mask &= distance <= right
+    return mask
+
+
+def _expand_blocks(block_mask: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+    for dim, seqlen in ((-2, seqlen_q), (-1, seqlen_k)):
+        if block_mask.dim() >= -dim and block_mask.shape[dim] != 1:
+            block_mask = block_mask.repeat_interleave(BLOCK, dim=dim).narrow(dim, 0, seqlen)
+    return block_mask
+
+
+def _rows(cu_seqlens: Tensor, seqused: Tensor | None) -> list[slice]:
+    begins, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
+    if seqused is not None:
+        lengths = zip(begins, ends, seqused.tolist(), strict=True)
+        ends = [min(end, begin + used) for begin, end, used in lengths]
+    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+
+
+def _of_sequence(x: Tensor | None, index: int, size_q: int, size_k: int) -> Tensor | None:
+    """What `x`, broadcastable to (batch, heads, size_q or more, size_k or more), says of one."""
+    if x is None:
+        return None
+    x = x.reshape((1,) * (4 - x.dim()) + x.shape)
+    x = x if x.shape[0] == 1 else x[index : index + 1]
+    x = x if x.shape[2] == 1 else x[:, :, :size_q]
+    return x if x.shape[3] == 1 else x[..., :size_k]

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn_cuda.reference import attention_ref
+from flash_attn_cuda.reference import attention_ref, attention_varlen_ref
 from tests.support import compare
-from tests.support.compare import CONSTANTS, error_ratio, expected_with_bounds
+from tests.support.cases import Case, make_inputs
+from tests.support.compare import CONSTANTS, error_ratio, expected_of, expected_with_bounds
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 HEADS, HEAD_DIM = 2, 64
@@ -163,6 +164,49 @@ def test_values_are_those_of_the_reference(mask: dict[str, Any], max_scores: int
         torch.testing.assert_close(expected.values[name], value, rtol=1e-12, atol=1e-12)
     for name in RESULTS:
         torch.testing.assert_close(expected.bounds[name], whole.bounds[name], rtol=1e-9, atol=0)
+
+
+RULES = [
+    {"bias": "bhqk", "head_dim_v": 7},
+    {"bias": "k", "causal": True, "bias_data": "holes"},
+    {"bias": "hq", "mask": "bhqk", "density": 0.2},
+    {"bias": "", "mask": "bk", "lengths": "qk"},
+    {"block_mask": "hqk", "density": 0.4, "prefix": True, "window": (30, 2)},
+    {"documents": "runs", "padding": "left", "lengths": "k", "seqlen_k": 131},
+    {"varlen": True, "bias": "bqk", "head_dim_v": 5, "causal": True, "batch": 4},
+    {"varlen": True, "lengths": "qk", "prefix": True, "window": (9, 0), "batch": 4},
+    {"varlen": True, "lengths": "same", "seqlen_k": 131, "block_mask": "bhqk", "mask": "hk"},
+]
+
+
+@pytest.mark.parametrize("max_scores", [1000, 10**9])
+@pytest.mark.parametrize("fields", RULES, ids=str)
+def test_values_of_a_case_are_those_of_the_reference(
+    fields: dict[str, Any], max_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {"seqlen_q": 131, "seqlen_k": 140, "heads": 4, "dtype": "float64", "head_dim": 8}
+    case = Case(**{**plain, **fields}, dlse=True)
+    inputs = make_inputs(case)
+    defaults = {**expected_with_bounds.__kwdefaults__, "max_scores": max_scores}
+    monkeypatch.setattr(expected_with_bounds, "__kwdefaults__", defaults)
+    expected = expected_of(case, inputs, backward=True)
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    if inputs.bias is not None:
+        leaves.append(inputs.bias.detach().requires_grad_())
+    attention = attention_varlen_ref if case.varlen else attention_ref
+    bias = leaves[3] if inputs.bias is not None else None
+    out, lse = attention(*leaves[:3], attn_bias=bias, **case.mask_arguments, **inputs.rules)
+    exists = lse != -math.inf
+    dlse = inputs.dlse.masked_fill(~exists, 0.0)
+    dout = inputs.dout.nan_to_num(nan=0.0)
+    gradients = torch.autograd.grad((out, lse.masked_fill(~exists, 0.0)), leaves, (dout, dlse))
+    assert len(expected.values) == 2 + len(leaves)
+    names = (*RESULTS, "dbias")[: len(expected.values)]
+    for name, value in zip(names, (out, lse, *gradients), strict=True):
+        torch.testing.assert_close(expected.values[name], value, rtol=1e-12, atol=1e-12)
+        bound = expected.bounds[name]
+        assert (bound >= 0).all()
+        assert (bound < 1e-9).all()
 
 
 @pytest.mark.parametrize("terms", [10, 100, 3000])

@@ -7,13 +7,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support.poison import Embedded, embed
+from tests.support.rules import Packing, Rules, draw_rules, lay_out_rule, visibility
 
 # What the CUDA kernels take instead of each dtype.
 CUDA_DTYPES = {
@@ -43,12 +44,30 @@ class Case:
     dout: str = "normal"  # one of DOUTS
     dlse: bool = False  # does a gradient reach the LSE?
     deterministic: bool = False
+    head_dim_v: int | None = None  # None: head_dim
+    varlen: bool = False  # are the sequences packed? seqlen_q and seqlen_k are then of the longest
+    lengths: str = ""  # which shorter lengths are given; one of rules.LENGTHS
+    bias: str | None = None  # the dimensions it has, of "bhqk"; also of mask and block_mask
+    bias_dtype: str | None = None  # None: dtype
+    bias_data: str = "normal"  # one of rules.BIAS_DATA
+    bias_grad: bool = True
+    mask: str | None = None
+    block_mask: str | None = None
+    density: float = 0.7  # of masks: how much of them is True
+    padding: str = ""  # one of rules.PADDINGS
+    documents: str = ""  # one of rules.DOCUMENTS
+    prefix: bool = False
+    rule_layout: str = "plain"  # of all these tensors; one of rules.RULE_LAYOUTS
     seed: int = 0
     device: str = "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def width_of_values(self) -> int:
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def scale(self) -> float:
@@ -65,8 +84,11 @@ class Case:
 
     def on(self, device: str) -> Case:
         """The same problem on another device, in a dtype that the device takes."""
-        dtype = CUDA_DTYPES[self.dtype] if device.startswith("cuda") else self.dtype
-        return dataclasses.replace(self, device=device, dtype=dtype)
+        if not device.startswith("cuda"):
+            return dataclasses.replace(self, device=device)
+        bias_dtype = "float32" if self.bias_dtype == "float64" else self.bias_dtype
+        dtype = CUDA_DTYPES[self.dtype]
+        return dataclasses.replace(self, device=device, dtype=dtype, bias_dtype=bias_dtype)
 
     def changed_fields(self) -> dict[str, object]:
         plain = Case()
@@ -99,7 +121,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v and the gradients of both results; q, k and v lie in NaN-filled buffers."""
+    """What a case is called with, and the gradients of both results.
+
+    The tensors lie in NaN-filled buffers, and rows that do not exist, of any of them, hold NaN.
+    """
 
     q: Tensor
     k: Tensor
@@ -107,6 +132,11 @@ class Inputs:
     dout: Tensor
     dlse: Tensor | None
     buffers: tuple[Embedded, ...]
+    bias: Tensor | None = None
+    rules: dict[str, Tensor] = field(default_factory=dict)  # arguments of the public function
+    visibility: dict[str, Tensor | None] = field(default_factory=dict)  # those of visible_pairs
+    packing_q: Packing | None = None
+    packing_k: Packing | None = None
 
     def check_untouched(self) -> None:
         for buffer in self.buffers:
@@ -140,30 +170,44 @@ DOUTS = ("normal", "expanded", "transposed", "strided_dim", "zeros", "one_hot")
 def make_inputs(case: Case) -> Inputs:
     generator = case.generator()
     q_shape = (case.batch, case.seqlen_q, case.heads, case.head_dim)
-    kv_shape = (case.batch, case.seqlen_k, case.heads_kv, case.head_dim)
+    k_shape = (case.batch, case.seqlen_k, case.heads_kv, case.head_dim)
+    v_shape = (*k_shape[:3], case.width_of_values)
     q, k, v = (
         _values(case.data, shape, generator).to(case.torch_dtype)
-        for shape in (q_shape, kv_shape, kv_shape)
+        for shape in (q_shape, k_shape, v_shape)
     )
-    if case.layout == "packed":
-        qkv = embed(torch.cat([q, k, v], dim=2), case.device)
-        parts = qkv.view.split([case.heads, case.heads_kv, case.heads_kv], dim=2)
-        views, buffers = tuple(parts), (qkv,)
-    else:
-        q_layout = "bshd" if case.layout.startswith("expanded") else case.layout
-        buffers = (
-            _lay_out(q, q_layout, case.device),
-            _lay_out(k, case.layout, case.device),
-            _lay_out(v, case.layout, case.device),
-        )
-        views = tuple(buffer.view for buffer in buffers)
-    dout = _make_dout(case, q_shape, generator).to(case.device)
+    dout = _dout_values(case, (*q_shape[:3], case.width_of_values), generator)
     dlse = None
     if case.dlse:
         lse_dtype = torch.float64 if case.dtype == "float64" else torch.float32
         dlse = torch.randn(case.batch, case.heads, case.seqlen_q, generator=generator)
-        dlse = dlse.to(case.device, lse_dtype)
-    return Inputs(*views, dout=dout, dlse=dlse, buffers=buffers)
+        dlse = dlse.to(lse_dtype)
+    rules = draw_rules(case, generator)
+    q, dout = (_without_foreign_rows(x, rules.lengths_q, rules.packing_q) for x in (q, dout))
+    if dlse is not None:  # (batch, heads, seqlen_q), or packed (heads, total_q)
+        dlse = dlse.transpose(1, 2)
+        dlse = _without_foreign_rows(dlse, rules.lengths_q, rules.packing_q)
+        dlse = dlse.transpose(-2, -1).to(case.device)
+    if case.varlen or case.layout != "expanded_batch":  # there, all have the rows of the first
+        k, v = (_without_foreign_rows(x, rules.lengths_k, rules.packing_k) for x in (k, v))
+    views, buffers = _lay_out_qkv(case, q, k, v)
+    return _with_rules(case, rules, Inputs(*views, _lay_out_dout(case, dout), dlse, tuple(buffers)))
+
+
+def _with_rules(case: Case, rules: Rules, inputs: Inputs) -> Inputs:
+    laid_out = {name: lay_out_rule(x, name, case) for name, x in rules.arguments.items()}
+    bias = None if rules.bias is None else lay_out_rule(rules.bias, "attn_bias", case)
+    arguments = {name: embedded.view for name, embedded in laid_out.items()}
+    lengths = (None if x is None else x.to(case.device) for x in (rules.lengths_q, rules.lengths_k))
+    return dataclasses.replace(
+        inputs,
+        bias=None if bias is None else bias.view,
+        rules=arguments,
+        visibility=visibility(arguments, *lengths),
+        packing_q=rules.packing_q,
+        packing_k=rules.packing_k,
+        buffers=(*inputs.buffers, *laid_out.values(), *([] if bias is None else [bias])),
+    )
 
 
 def on_every_device(cases: Iterable[Case]) -> Sequence[object]:
@@ -196,18 +240,52 @@ def _values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     raise ValueError(f"data must be one of {DATA}, got {kind!r}")
 
 
-def _make_dout(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _dout_values(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if case.dout == "zeros":
         return torch.zeros(shape, dtype=case.torch_dtype)
-    if case.dout == "expanded":  # what out.sum().backward() passes
-        return torch.ones((), dtype=case.torch_dtype).expand(shape)
+    if case.dout == "expanded":
+        return torch.ones(shape, dtype=case.torch_dtype)
     values = _values("one_hot" if case.dout == "one_hot" else "normal", shape, generator)
-    values = values.to(case.torch_dtype)
+    return values.to(case.torch_dtype)
+
+
+def _lay_out_dout(case: Case, dout: Tensor) -> Tensor:
+    dout = dout.to(case.device)
+    if case.dout == "expanded":  # what out.sum().backward() passes
+        return torch.ones((), dtype=dout.dtype, device=case.device).expand(dout.shape)
     if case.dout == "transposed":
-        return values.transpose(1, 2).contiguous().transpose(1, 2)
+        return dout.transpose(-3, -2).contiguous().transpose(-3, -2)
     if case.dout == "strided_dim":
-        return values.transpose(1, 3).contiguous().transpose(1, 3)
-    return values
+        return dout.transpose(-3, -1).contiguous().transpose(-3, -1)
+    return dout
+
+
+def _without_foreign_rows(x: Tensor, lengths: Tensor | None, packing: Packing | None) -> Tensor:
+    """(batch, seqlen, ...), or (total, ...) where it is packed, with NaN in rows of no sequence."""
+    if packing is not None:
+        return packing.pack(x, math.nan)
+    if lengths is None:
+        return x
+    is_foreign = torch.arange(x.shape[1]) >= lengths[:, None]
+    return x.masked_fill(is_foreign.unflatten(1, (-1, *[1] * (x.dim() - 2))), math.nan)
+
+
+def _lay_out_qkv(case: Case, *tensors: Tensor) -> tuple[Sequence[Tensor], Sequence[Embedded]]:
+    """Views of q, k and v, and the buffers around them."""
+    q, k, v = (x[None] if case.varlen else x for x in tensors)  # packed: one batch entry
+    if case.layout == "packed":
+        qkv = embed(torch.cat([q, k, v], dim=2), case.device)
+        views = qkv.view.split([case.heads, case.heads_kv, case.heads_kv], dim=2)
+        buffers = [qkv]
+    else:
+        q_layout = "bshd" if case.layout.startswith("expanded") else case.layout
+        buffers = [
+            _lay_out(q, q_layout, case.device),
+            _lay_out(k, case.layout, case.device),
+            _lay_out(v, case.layout, case.device),
+        ]
+        views = [buffer.view for buffer in buffers]
+    return [view[0] if case.varlen else view for view in views], buffers
 
 
 def _lay_out(values: Tensor, layout: str, device: str) -> Embedded:

@@ -2,15 +2,15 @@
 """Is a result as exact as its arithmetic allows? One error bound, element by element.
 
 The bound follows a correct FlashAttention kernel through its roundings, in float64 (S, P, dS as in
-the FlashAttention-2 paper; D = rowsum(dO * O) - dLSE). Each element of out, lse, dq, dk and dv has
-its own bound, so that an error in a small element is not hidden by a large one elsewhere, and no
-tolerance is chosen by hand. A comparison with what PyTorch's own low-precision attention gets wrong
-is both looser (it misses roundings that should not be there) and noisier (a correct kernel fails it
-by bad luck).
+the FlashAttention-2 paper; D = rowsum(dO * O) - dLSE). Each element of out, lse, dq, dk, dv and
+dbias has its own bound, so that an error in a small element is not hidden by a large one elsewhere,
+and no tolerance is chosen by hand. A comparison with what PyTorch's own low-precision attention
+gets wrong is both looser (it misses roundings that should not be there) and noisier (a correct
+kernel fails it by bad luck).
 
 A bound on the worst roundings grows with the number of terms, so an error has to be found where
 terms are few: one key that dq alone lacks shows among hundreds of keys, not among thousands. Of the
-five, lse is the sharpest, and shows a key that the forward pass lacks among thousands.
+results, lse is the sharpest, and shows a key that the forward pass lacks among thousands.
 tests/python/test_error_bound.py tells what is found.
 
     python -m tests.support.compare '{"seqlen_q": 65, "dtype": "bfloat16"}'
@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import flash_attn_cuda
 from flash_attn_cuda import flash_attn_func
-from flash_attn_cuda.reference import window_mask
+from flash_attn_cuda.reference import visible_pairs
 from tests.support.cases import Case, Inputs, make_inputs
 from tests.support.poison import poisoned_allocations
 
@@ -85,6 +88,9 @@ DOT_ROUNDOFFS_PER_TERM = 1
 # The same, once per score: the scale and log2(e) as float32, their product, its product with the
 # maximum or the LSE, and the difference. They are proportional to the scores, not to head_dim.
 DOT_ROUNDOFFS = 16
+# Once per score, of its bias: the product with log2(e), as float32, the sum with the score, and the
+# difference with the maximum or the LSE.
+BIAS_ROUNDOFFS = 8
 # exp2 on the GPU errs by 2 ulp: 4. The base of the online softmax is up to 8 octaves below the
 # maximum, and an exponent between 4 and 8 is rounded by up to 2^-22 octaves: 2.8. The rounding of
 # an exponent below that is one of the scores'. Dividing by the denominator rounds twice: 2. Factors
@@ -112,6 +118,7 @@ class Constants:
 
     dot_per_term: float = DOT_ROUNDOFFS_PER_TERM
     dot: float = DOT_ROUNDOFFS
+    bias: float = BIAS_ROUNDOFFS
     exp: float = EXP_ROUNDOFFS
     lse: float = LSE_ROUNDOFFS
     sum: float = SUM_ROUNDOFFS
@@ -135,7 +142,7 @@ MAX_SCORES = 2**26
 
 @dataclass(frozen=True)
 class Expected:
-    """Exact values of the five results, in float64, and how far a correct kernel may be off."""
+    """Exact values of the results, in float64, and how far a correct kernel may be off."""
 
     values: dict[str, Tensor]
     bounds: dict[str, Tensor]
@@ -149,16 +156,17 @@ def expected_with_bounds(
     dlse: Tensor | None = None,
     *,
     softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    attn_bias: Tensor | None = None,
     constants: Constants = CONSTANTS,
     max_scores: int = MAX_SCORES,
+    **visibility: Any,
 ) -> Expected:
-    """out and lse, and with dout dq, dk and dv, each with its bound.
+    """out and lse, and with dout dq, dk, dv and, of a bias, dbias, each with its bound.
 
-    q, dout: (batch, seqlen_q, heads, head_dim); k, v: (batch, seqlen_k, heads_kv, head_dim);
-    dlse: (batch, heads, seqlen_q). Results have the layout of the operator's results. Queries are
-    taken in parts of at most max_scores scores.
+    q: (batch, seqlen_q, heads, head_dim); k: (batch, seqlen_k, heads_kv, head_dim); v: the same
+    with head_dim_v; dout: (batch, seqlen_q, heads, head_dim_v); dlse: (batch, heads, seqlen_q);
+    attn_bias and `visibility`: as for `attention_ref`. Results have the layout of the operator's
+    results. Queries are taken in parts of at most max_scores scores.
     """
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, group = k.shape[1], heads // k.shape[2]
@@ -167,32 +175,50 @@ def expected_with_bounds(
     u_operand = constants.operand * arithmetic.storage
     u_result = constants.result * arithmetic.storage
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    gamma = eps * constants.of_dot(head_dim)
+    gamma, gamma_v = (eps * constants.of_dot(x.shape[3]) for x in (k, v))
     exp_error = eps * constants.exp
-    mask = window_mask(seqlen_q, seqlen_k, causal=causal, window_size=window_size, device=q.device)
+    # (batch or 1, heads or 1, seqlen_q, seqlen_k)
+    mask = visible_pairs(seqlen_q, seqlen_k, device=q.device, **visibility)
+    if attn_bias is not None:
+        bias = attn_bias.detach().double()
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        mask = mask & (bias != -math.inf)
+        bias_shape = bias.shape
+        bias = bias.expand(batch, heads, seqlen_q, seqlen_k).masked_fill(~mask, 0.0)
+    seeing, seen = (mask.any(dim)[..., None] for dim in (3, 2))
     # Of the terms that are not masked: adding 0 is exact.
-    sum_q = eps * constants.of_sum(group * mask.sum(dim=0).double())
+    seen_by = mask.sum(dim=2).double()
+    seen_by = seen_by * group if mask.shape[1] == 1 else _of_group(seen_by, group)
+    sum_q = eps * constants.of_sum(seen_by)[:, :, None]
 
     # (batch, heads, seqlen, head_dim) in float64 from here on.
-    K = k.double().transpose(1, 2).repeat_interleave(group, dim=1)
-    V = v.double().transpose(1, 2).repeat_interleave(group, dim=1)
+    K, V = (
+        x.double().transpose(1, 2).repeat_interleave(group, dim=1).masked_fill(~seen, 0.0)
+        for x in (k, v)
+    )
     absK, absV = K.abs(), V.abs()
 
     def of_queries(rows: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """out, lse and dq of these queries; what they add to dk and dv, per head of queries."""
-        Q = q[:, rows].double().transpose(1, 2)
+        """out, lse and dq of these queries; what they add to dk and dv, per head of queries, and
+        to dbias, before it is summed over queries."""
+        is_foreign = ~seeing[:, :, rows]
+        Q = q[:, rows].double().transpose(1, 2).masked_fill(is_foreign, 0.0)
         absQ = Q.abs()
-        visible = mask[rows].double()  # a masked key contributes exactly 0
+        visible = mask[:, :, rows].double()  # a masked key contributes exactly 0
         terms = _row_sum(visible)
         sum_k = eps * constants.of_sum(terms)
-        S = (scale * Q @ K.mT).masked_fill_(~mask[rows], -math.inf)
+        S = scale * Q @ K.mT
+        err_S = gamma * abs(scale) * absQ @ absK.mT
+        if attn_bias is not None:
+            S += bias[:, :, rows]
+            err_S += eps * constants.bias * bias[:, :, rows].abs()
+        S = S.masked_fill_(~mask[:, :, rows], -math.inf)
         lse = torch.logsumexp(S, dim=-1)
         sees_nothing = (lse == -math.inf)[..., None]
         finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
         P = torch.exp(S.sub_(finite_lse[..., None]))
         Out = P @ V
 
-        err_S = gamma * abs(scale) * absQ @ absK.mT
         err_lse = _row_sum(P * err_S)
         err_P = P * torch.expm1(err_S + err_lse + exp_error + sum_k)
         err_P = err_P + arithmetic.flush * visible
@@ -210,16 +236,22 @@ def expected_with_bounds(
         if dout is None:
             return values, bounds
 
-        dO = dout[:, rows].double().transpose(1, 2)
+        dO = dout[:, rows].double().transpose(1, 2).masked_fill(is_foreign, 0.0)
         absdO = dO.abs()
         dLSE = torch.zeros_like(lse) if dlse is None else dlse[..., rows].double()
-        dLSE = dLSE[..., None]
+        dLSE = dLSE[..., None].masked_fill(is_foreign, 0.0)
         dP_minus_D = dO @ V.mT - (_row_sum(dO * Out) - dLSE)
         dS = P * dP_minus_D
-        err_D = _row_sum(bound_O * absdO) + gamma * _row_sum(Out.abs() * absdO)
+        err_D = _row_sum(bound_O * absdO) + gamma_v * _row_sum(Out.abs() * absdO)
         err_D = err_D + 2 * eps * dLSE.abs()
-        err_dP = gamma * absdO @ absV.mT
+        err_dP = gamma_v * absdO @ absV.mT
         err_dS = P * (err_dP + err_D) + err_P * dP_minus_D.abs()
+        if attn_bias is not None:
+            shape = (*bias_shape[:2], dS.shape[2], bias_shape[3])
+            values["dbias"] = _sum_to(dS, shape)
+            # Of dS as it is before it becomes an operand.
+            bounds["dbias"] = _sum_to(err_dS + arithmetic.flush * visible, shape)
+            bounds["|dbias|"] = _sum_to(dS.abs(), shape)
         err_dS = err_dS + u_operand * (dS.abs() + err_dS)
         err_dS = err_dS + tiny * visible
 
@@ -230,7 +262,7 @@ def expected_with_bounds(
         # dq alone is summed in memory, before it is scaled. An addition there flushes a term or the
         # sum, not both, and there are no more additions than terms.
         err_sum = (err_dS + sum_k * dS.abs()) @ absK + arithmetic.flush * terms
-        bound_dQ = more * err_sum + tiny * _any(mask[rows], dim=1)
+        bound_dQ = more * err_sum + tiny * (terms > 0).double()
         bounds["dq"] = bound_dQ.transpose(1, 2) + u_result * values["dq"].abs()
         bounds["dk"] = more * (err_dS + sum_q * dS.abs()).mT @ absQ
         weight = u_operand * P + err_P + sum_q * P + tiny * visible
@@ -242,12 +274,57 @@ def expected_with_bounds(
     values = _joined([values for values, _ in parts])
     bounds = _joined([bounds for _, bounds in parts])
     # Queries and keys with nothing to add up are exactly 0 as well.
-    tiny_dK = tiny * _any(mask, dim=0)
     for name in values.keys() & {"dk", "dv"}:
         values[name] = _sum_group(values[name], group)
-        bounds[name] = _sum_group(bounds[name] + tiny_dK, group)
+        bounds[name] = _sum_group(bounds[name] + tiny * seen, group)
         bounds[name] += u_result * values[name].abs()
+    if "dbias" in values:
+        values["dbias"], error, magnitude = (
+            _sum_to(x, bias_shape)
+            for x in (values["dbias"], bounds["dbias"], bounds.pop("|dbias|"))
+        )
+        terms = _sum_to(mask.expand(bias.shape).double(), bias_shape)
+        error = error + eps * constants.of_sum(terms) * magnitude
+        result = ARITHMETIC[attn_bias.dtype]
+        u_dbias = constants.result * result.storage
+        bound = (1 + u_dbias) * error + u_dbias * values["dbias"].abs() + result.tiny * (terms > 0)
+        values["dbias"] = values["dbias"].reshape(attn_bias.shape)
+        bounds["dbias"] = bound.reshape(attn_bias.shape)
     return Expected(values, bounds)
+
+
+def expected_of(
+    case: Case, inputs: Inputs, *, backward: bool, constants: Constants = CONSTANTS
+) -> Expected:
+    """`expected_with_bounds` of a case, in the layout of the public function's results."""
+    q, k, v, dout, dlse = inputs.q, inputs.k, inputs.v, inputs.dout, inputs.dlse
+    rows_q, rows_k = inputs.packing_q, inputs.packing_k
+    if rows_q is not None and rows_k is not None:
+        q, dout = (rows_q.unpack(x, case.seqlen_q) for x in (q, dout))
+        k, v = (rows_k.unpack(x, case.seqlen_k) for x in (k, v))
+        dlse = None if dlse is None else rows_q.unpack(dlse.T, case.seqlen_q).transpose(1, 2)
+    expected = expected_with_bounds(
+        q,
+        k,
+        v,
+        dout if backward else None,
+        dlse,
+        attn_bias=inputs.bias,
+        constants=constants,
+        **case.mask_arguments,
+        **inputs.visibility,
+    )
+    if rows_q is None or rows_k is None:
+        return expected
+    packings = {"out": rows_q, "lse": rows_q, "dq": rows_q, "dk": rows_k, "dv": rows_k}
+    for results, of_nothing in ((expected.values, -math.inf), (expected.bounds, 0.0)):
+        for name in results.keys() & packings.keys():
+            if name == "lse":
+                padded = results[name].transpose(1, 2)
+                results[name] = packings[name].pack(padded, of_nothing).T
+            else:
+                results[name] = packings[name].pack(results[name], 0.0)
+    return expected
 
 
 def error_ratio(actual: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
@@ -292,14 +369,22 @@ class Results:
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
+    dbias: Tensor | None = None
 
 
 def run(case: Case, inputs: Inputs, *, backward: bool, poisoned: bool = True) -> Results:
     """The package's results, computed in memory that was NaN before if `poisoned`."""
-    q, k, v = (x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v))
+    leaves = [x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]
+    arguments: dict[str, Any] = {**case.mask_arguments, **inputs.rules}
+    function = flash_attn_cuda.flash_attn_varlen_func if case.varlen else flash_attn_func
+    if inputs.bias is not None:
+        with_gradient = backward and case.bias_grad
+        arguments["attn_bias"] = inputs.bias.detach().requires_grad_(with_gradient)
+        if with_gradient:
+            leaves.append(arguments["attn_bias"])
     with poisoned_allocations() if poisoned else nullcontext():
-        out, lse = flash_attn_func(
-            q, k, v, deterministic=case.deterministic, return_lse=True, **case.mask_arguments
+        out, lse = function(
+            *leaves[:3], deterministic=case.deterministic, return_lse=True, **arguments
         )
         if not backward:
             return Results(out, lse)
@@ -307,7 +392,7 @@ def run(case: Case, inputs: Inputs, *, backward: bool, poisoned: bool = True) ->
         if inputs.dlse is not None:
             results.append(lse)
             gradients.append(inputs.dlse)
-        return Results(out, lse, *torch.autograd.grad(results, (q, k, v), gradients))
+        return Results(out, lse, *torch.autograd.grad(results, leaves, gradients))
 
 
 def check(case: Case, *, backward: bool) -> Results:
@@ -319,16 +404,11 @@ def check(case: Case, *, backward: bool) -> Results:
         inputs.check_untouched()
     except AssertionError as error:
         raise AssertionError(f"{error}\n{repeat}") from None
-    expected = expected_with_bounds(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.dout if backward else None,
-        inputs.dlse,
-        **case.mask_arguments,
-    )
+    expected = expected_of(case, inputs, backward=backward)
     for name, value in expected.values.items():
         actual = getattr(results, name)
+        if actual is None:  # of a bias that needs no gradient
+            continue
         _assert_dtype(name, actual, case, repeat)
         assert_within_bound(name, actual, value, expected.bounds[name], repeat)
     return results
@@ -350,6 +430,8 @@ def _assert_dtype(name: str, actual: Tensor, case: Case, repeat: str) -> None:
     dtype = case.torch_dtype
     if name == "lse" and dtype != torch.float64:
         dtype = torch.float32
+    if name == "dbias" and case.bias_dtype is not None:
+        dtype = getattr(torch, case.bias_dtype)
     if actual.dtype != dtype:
         raise AssertionError(f"{name} is {actual.dtype}, expected {dtype}\n{repeat}")
 
@@ -361,16 +443,11 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         tensors = [part[name] for part in parts]
         if len(parts) == 1:
             joined[name] = tensors[0]
-        elif name in ("dk", "dv"):
+        elif name in ("dk", "dv"):  # dbias is summed at the end
             joined[name] = sum(tensors[1:], tensors[0])
         else:
-            joined[name] = torch.cat(tensors, dim=2 if name == "lse" else 1)
+            joined[name] = torch.cat(tensors, dim=1 if name in ("out", "dq") else 2)
     return joined
-
-
-def _any(mask: Tensor, dim: int) -> Tensor:
-    """1 for each row (dim 1) or column (dim 0) with a visible element, as a column vector."""
-    return mask.any(dim).double()[:, None]
 
 
 def _row_sum(x: Tensor) -> Tensor:
@@ -379,6 +456,17 @@ def _row_sum(x: Tensor) -> Tensor:
 
 def _column_sum(x: Tensor) -> Tensor:
     return x.sum(dim=-2, keepdim=True)
+
+
+def _sum_to(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """x summed over the dimensions that are 1 in shape."""
+    dims = [dim for dim, size in enumerate(shape) if size == 1]
+    return x.sum(dims, keepdim=True) if dims else x
+
+
+def _of_group(x: Tensor, group: int) -> Tensor:
+    """(batch, heads, seqlen): the sum over heads of queries that share a head of keys, for each."""
+    return x.unflatten(1, (-1, group)).sum(dim=2).repeat_interleave(group, dim=1)
 
 
 def _sum_group(x: Tensor, group: int) -> Tensor:

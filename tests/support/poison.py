@@ -24,7 +24,7 @@ CANARY = 512
 
 @dataclass(frozen=True)
 class Embedded:
-    """`view` is a window on `buffer`; the rest of the buffer is NaN."""
+    """`view` is a window on `buffer`; the rest of the buffer is NaN, or what stands for it."""
 
     view: Tensor
     buffer: Tensor
@@ -51,7 +51,8 @@ def embed(
     expand: Sequence[int] | None = None,
     unit_stride: int | None = None,
 ) -> Embedded:
-    """A copy of `values` inside a buffer of NaN on `device`.
+    """A copy of `values` inside a buffer of NaN on `device`; of the largest number, or of True, if
+    the values are integers or bool.
 
     order: dimensions from the outermost in memory to the innermost; gaps: elements of NaN left
     after each index of a dimension; start: elements between the aligned canary and the tensor;
@@ -72,7 +73,7 @@ def embed(
         ]
     offset = CANARY + start
     buffer = torch.full(
-        (offset + extent + CANARY,), float("nan"), dtype=values.dtype, device=device
+        (offset + extent + CANARY,), _foreign(values.dtype), dtype=values.dtype, device=device
     )
     view = buffer.as_strided(values.shape, strides, offset)
     view.copy_(values)
@@ -114,6 +115,12 @@ def _recycle_nan(device: str) -> None:
         for _ in range(4)
     ]
     del blocks
+
+
+def _foreign(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 def _bytes(tensor: Tensor) -> Tensor:
