@@ -42,8 +42,6 @@ FA_DEVICE bool barrier_any(int id, bool predicate) {
 // Until the kernel before in the stream has ended and its writes are visible, where this one was
 // launched to begin beside it.
 // PTX ISA, "Parallel Synchronization and Communication Instructions: griddepcontrol", .wait.
-FA_DEVICE void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+FA_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace fa::ptx
