@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_cuda import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn_cuda import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from tests.support.arguments import LATER
 
 # Each changes the output, the LSE and all gradients.
@@ -21,8 +28,37 @@ SENSITIVE: dict[str, dict[str, object]] = {
     "window_size left": {"window_size": (3, -1)},
     "window_size right": {"window_size": (-1, 3)},
 }
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# Each changes all of these too; what it is given beside, so that there is something to change.
+RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "attn_bias": ({}, {"attn_bias": torch.linspace(-3, 3, 1600).view(40, 40).sin()}),
+    "attn_mask": ({}, {"attn_mask": torch.arange(1600).view(1, 1, 40, 40) % 3 != 0}),
+    "key_padding_mask": ({}, {"key_padding_mask": torch.arange(80).view(2, 40) % 40 < 25}),
+    "seqlens_q": ({}, {"seqlens_q": _int32(30, 20)}),
+    "seqlens_k": ({}, {"seqlens_k": _int32(30, 20)}),
+    "document_ids": ({}, {"document_ids": (torch.arange(80).view(2, 40) // 13).int()}),
+    "prefix_lens": ({"causal": True}, {"prefix_lens": _int32(20, 30)}),
+    "block_mask": ({}, {"block_mask": torch.tensor([True, False]).view(2, 1, 1, 1)}),
+}
+PACKED_RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "cu_seqlens_q": ({}, {"cu_seqlens_q": _int32(0, 30, 80)}),
+    "cu_seqlens_k": ({}, {"cu_seqlens_k": _int32(0, 30, 80)}),
+    "seqused_q": ({}, {"seqused_q": _int32(30, 20)}),
+    "seqused_k": ({}, {"seqused_k": _int32(30, 20)}),
+    "prefix_lens": RULES["prefix_lens"],
+    "attn_bias": RULES["attn_bias"],
+    "attn_mask": RULES["attn_mask"],
+    "block_mask": RULES["block_mask"],
+}
 # Change only what is returned, or the order of additions; tested below.
 NEUTRAL = {"deterministic", "return_attn_probs", "return_lse"}
+# flash-attn's callers pass them; nothing needs them.
+IGNORED = {"max_seqlen_q", "max_seqlen_k"}
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -46,6 +82,51 @@ def test_argument_changes_every_result(device: str, argument: str) -> None:
     changed = _results(qkv, **SENSITIVE[argument])
     for name in NAMES:
         assert not torch.allclose(changed[name], default[name], rtol=1e-2, atol=1e-3), name
+
+
+def _on(device: str, arguments: dict[str, object]) -> dict[str, object]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _assert_all_differ(results: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    for name in NAMES:
+        assert not torch.allclose(results[name], others[name], rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("argument", RULES)
+def test_a_rule_changes_every_result(device: str, argument: str) -> None:
+    beside, rule = (_on(device, part) for part in RULES[argument])
+    qkv = _qkv(device)
+    _assert_all_differ(_results(qkv, **beside, **rule), _results(qkv, **beside))
+
+
+def _packed_results(qkv: list[Tensor], **arguments: object) -> dict[str, Tensor]:
+    sequences = {f"cu_seqlens_{side}": _int32(0, 40, 80).to(qkv[0].device) for side in "qk"}
+    packed = [x.flatten(0, 1) for x in qkv]
+    out, lse = flash_attn_varlen_func(*packed, **(sequences | arguments), return_lse=True)
+    loss = out.square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+    return dict(zip(NAMES, (out, lse, *torch.autograd.grad(loss, qkv)), strict=True))
+
+
+@pytest.mark.parametrize("argument", PACKED_RULES)
+def test_a_rule_changes_every_result_of_packed_sequences(device: str, argument: str) -> None:
+    beside, rule = (_on(device, part) for part in PACKED_RULES[argument])
+    qkv = _qkv(device)
+    _assert_all_differ(_packed_results(qkv, **beside, **rule), _packed_results(qkv, **beside))
+
+
+@pytest.mark.parametrize("argument", SENSITIVE)
+def test_arguments_change_every_result_of_packed_sequences(device: str, argument: str) -> None:
+    qkv = _qkv(device)
+    _assert_all_differ(_packed_results(qkv, **SENSITIVE[argument]), _packed_results(qkv))
+
+
+def test_lengths_that_nothing_needs_change_nothing(device: str) -> None:
+    qkv = _qkv(device)
+    expected = _packed_results(qkv, deterministic=True)
+    for length in (40, 7, torch.tensor(40, device=device)):
+        results = _packed_results(qkv, deterministic=True, max_seqlen_q=length, max_seqlen_k=length)
+        assert all(torch.equal(results[name], expected[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
@@ -80,6 +161,47 @@ def test_packed_forms_pass_their_arguments_on(device: str, argument: str) -> Non
         flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), return_lse=True, **options),
     ):
         assert all(map(torch.equal, packed, expected))
+
+
+@pytest.mark.parametrize("argument", RULES)
+def test_packed_forms_pass_their_rules_on(device: str, argument: str) -> None:
+    q, k, v = (x.detach() for x in _qkv(device))
+    options = {key: value for part in RULES[argument] for key, value in _on(device, part).items()}
+    expected = flash_attn_func(q, k, v, return_lse=True, **options)
+    for packed in (
+        flash_attn_qkvpacked_func(torch.stack([q, k, v], dim=2), return_lse=True, **options),
+        flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), return_lse=True, **options),
+    ):
+        assert all(map(torch.equal, packed, expected))
+
+
+@pytest.mark.parametrize("argument", [*SENSITIVE, *PACKED_RULES])
+def test_packed_forms_of_packed_sequences_pass_on(device: str, argument: str) -> None:
+    q, k, v = (x.detach().flatten(0, 1) for x in _qkv(device))
+    beside, rule = PACKED_RULES.get(argument, ({}, SENSITIVE.get(argument, {})))
+    options = _on(device, {"cu_seqlens_q": _int32(0, 40, 80), "cu_seqlens_k": _int32(0, 40, 80)})
+    options |= _on(device, beside) | _on(device, rule)
+    expected = flash_attn_varlen_func(q, k, v, return_lse=True, **options)
+    kv = torch.stack([k, v], dim=1)
+    packed = flash_attn_varlen_kvpacked_func(q, kv, return_lse=True, **options)
+    assert all(map(torch.equal, packed, expected))
+    if argument in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+        return  # queries and keys have the same there
+    cu_seqlens = options.pop("cu_seqlens_q")
+    del options["cu_seqlens_k"]
+    qkv = torch.stack([q, k, v], dim=1)
+    packed = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, return_lse=True, **options)
+    assert all(map(torch.equal, packed, expected))
+
+
+def test_seqused_of_packed_qkv_is_of_queries_and_keys(device: str) -> None:
+    q, k, v = (x.detach().flatten(0, 1) for x in _qkv(device))
+    cu_seqlens, used = _int32(0, 40, 80).to(device), _int32(30, 20).to(device)
+    expected = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, seqused_q=used, seqused_k=used
+    )
+    qkv = torch.stack([q, k, v], dim=1)
+    assert torch.equal(flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, seqused=used), expected)
 
 
 class _Record(TorchDispatchMode):
@@ -138,8 +260,16 @@ def test_results_follow_the_return_arguments(device: str) -> None:
         assert torch.equal(result[1], with_lse[1])
 
 
-def test_every_argument_is_covered() -> None:
+@pytest.mark.parametrize(
+    ("function", "rules"), [(flash_attn_func, RULES), (flash_attn_varlen_func, PACKED_RULES)]
+)
+def test_every_argument_is_covered(function: Any, rules: dict[str, object]) -> None:
     """An argument added to the signature must be added here, or refused in test_errors."""
-    arguments = set(inspect.signature(flash_attn_func).parameters) - {"q", "k", "v"}
+    arguments = set(inspect.signature(function).parameters) - {"q", "k", "v"}
     sensitive = {name.split()[0] for name in SENSITIVE}
-    assert arguments == sensitive | NEUTRAL | set(LATER)
+    known = sensitive | set(rules) | NEUTRAL | set(LATER)
+    if function is flash_attn_varlen_func:
+        known |= IGNORED
+        assert arguments == known
+    else:
+        assert arguments == known - {"block_table"}
