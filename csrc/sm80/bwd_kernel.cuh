@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Shape& shape = params.shape;
   const BwdWorkspace& workspace = params.workspace;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
-  const float scale_log2 = softmax_scale * kLog2E;
+  const float scale_log2 = Traits::Rules::scale(softmax_scale) * kLog2E;
 
   // of a head of keys and values
   const WorkTile tile = device::in_sequence(device::take_work(scheduler, workspace, s.ticket),
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     return;
   }
   const Range keys = {first_key, first_key + kTileN};
-  const Range queries = window.queries_seeing_any(keys);
+  const typename Traits::Rules rules(params, window, tile.batch);
+  const Range queries = rules.queries_seeing_any(keys);
   const Range unmasked_queries = window.queries_seeing_all(keys);
   const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
@@ -98,14 +99,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   r_dk.clear();
   r_dv.clear();
 
-  QueryTiles tiles(queries, kTileM, tile.head * shape.group_size(), shape.group_size());
+  auto tiles =
+      rules.query_tiles(queries, tile.tile, tile.head * shape.group_size(), shape.group_size());
   if (!tiles.done()) {
     load_queries(tiles.current(), 0);
   }
   int stage = 0;
   while (!tiles.done()) {
     const QueryTile at = tiles.current();
-    tiles.advance();
+    rules.advance(tiles, tile.tile);
     ptx::cp_async_wait_all();
     __syncthreads();
     if (!tiles.done()) {
@@ -121,14 +123,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     typename ScoreGrid::Sum r_p;
     r_p.clear();
     device::accumulate_abt(r_p, s_q, row, s.k, col);
+    rules.finish_scores(r_p, at.head, first_query + row, first_key + col);
     r_p.transform([&](float score, int i, int, int) {
       const float lse_log2 = s_statistics.lse_log2[row + ScoreGrid::Sum::row(i)];
       return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
     });
     const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-    const bool is_masked = !device::covers(unmasked_queries, tile_queries);
+    const bool is_masked =
+        rules.is_masked(at, tile.tile, device::covers(unmasked_queries, tile_queries));
+    typename Traits::Rules::template Seen<typename ScoreGrid::Sum> seen;
     if (is_masked) {
-      device::keep_visible(r_p, window, first_query + row, first_key + col, 0.0f);
+      rules.find_seen(seen, at.head, first_query + row, first_key + col);
+      rules.keep_seen(r_p, seen, first_query + row, first_key + col, 0.0f);
     }
 
     typename ScoreGrid::Sum r_ds;  // dp, then ds
@@ -140,7 +146,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       return r_p.r[i / 2][block][j] * (dp - delta);
     });
     if (is_masked) {  // dp of a hidden key may be infinite
-      device::keep_visible(r_ds, window, first_query + row, first_key + col, 0.0f);
+      rules.keep_seen(r_ds, seen, first_query + row, first_key + col, 0.0f);
     }
     if (ScoreGrid::leads()) {
       device::store_elements(r_p, s.p, row, col);
@@ -152,9 +158,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
 
     const int64_t index = workspace.index(at.head, first_tile + at.tile);
-    device::InTurn in_turn(workspace, index, [&] {
-      return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
-    });
+    device::InTurn in_turn = rules.in_turn(workspace, index, at, tile_queries, tile.tile);
 #pragma unroll
     for (int dq_col = 0; dq_col < kHeadDim; dq_col += kDqCols) {
       typename QueryGrid::Sum r_dq;
