@@ -5,6 +5,7 @@
 #include "common/math.h"
 #include "dispatch/registry.h"
 #include "sm80/bwd_kernel.cuh"
+#include "sm80/dbias_kernel.cuh"
 #include "sm80/fwd_kernel.cuh"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
@@ -36,6 +37,13 @@ void launch_backward(const BwdParams& given, const LaunchContext& context) {
   }
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  if constexpr (Traits::kGeneral) {
+    if (params.dbias.data != nullptr) {
+      support::launch<flash_dbias_sm80<Traits>>(
+          "flash_dbias_sm80", params, dbias_schedule<Traits>(params), Traits::kThreads,
+          sizeof(typename Traits::SharedMemory), context.stream);
+    }
+  }
   support::launch<flash_bwd_sm80<Traits>>(
       "flash_bwd_sm80", params,
       support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
