@@ -6,6 +6,7 @@
 
 #include "common/math.h"
 #include "common/params.h"
+#include "common/scheduler.h"
 #include "common/window.h"
 
 namespace fa {
@@ -28,12 +29,19 @@ struct KeyTiles {
   }
 };
 
+// Rows of a sequence, of packed ones on average.
+FA_HOST_DEVICE constexpr int usual_length(const Sequences& sequences, int batch, int seqlen) {
+  return sequences.cu_seqlens == nullptr ? seqlen
+                                         : min(seqlen, sequences.packed_rows / max(batch, 1));
+}
+
 // Heads whose tiles are taken together, the longest first: equal groups with work for all `blocks`
 // twice over, so that there is little to wait for at the end. For short sequences once over: they
 // wait for memory, and have the tensors of fewer heads in L2. Where all tiles are equally long, a
-// head at a time. heads: that have tiles; tiles: of each; more than 0. Params: of a pass.
+// head at a time. tiles: more than 0. Params: of a pass.
 template <typename Params>
-FA_HOST_DEVICE constexpr int head_group(const Params& params, int heads, int tiles, int blocks) {
+FA_HOST_DEVICE constexpr int head_group(const Params& params, const TileScheduler& tiles,
+                                        int blocks) {
   constexpr int kShort = 1024;
   const auto equal_lengths = [](const Sequences& sequences) {
     return sequences.cu_seqlens == nullptr && sequences.seqused == nullptr;
@@ -41,9 +49,10 @@ FA_HOST_DEVICE constexpr int head_group(const Params& params, int heads, int til
   if (params.window.is_full() && equal_lengths(params.queries) && equal_lengths(params.keys)) {
     return 1;
   }
-  const int64_t all_heads = int64_t{heads} * params.shape.batch;
-  const int64_t items_of_group = int64_t{blocks} * (params.shape.seqlen_k < kShort ? 1 : 2);
-  const int64_t groups = (all_heads * tiles + items_of_group / 2) / items_of_group;
+  const int seqlen_k = usual_length(params.keys, params.shape.batch, params.shape.seqlen_k);
+  const int64_t all_heads = int64_t{tiles.heads} * tiles.batch;
+  const int64_t items_of_group = int64_t{blocks} * (seqlen_k < kShort ? 1 : 2);
+  const int64_t groups = (tiles.count() + items_of_group / 2) / items_of_group;
   return static_cast<int>(ceil_div(all_heads, max(groups, int64_t{1})));
 }
 
@@ -59,14 +68,15 @@ FA_HOST_DEVICE constexpr int turn_of_key_tile(const WindowMask& window, int quer
 // head_group where items begin in order: tiles of one head wait for each other, so the more heads
 // the better, as long as the L2 cache holds what their tiles share. Params: of a backward pass.
 template <typename Params>
-FA_HOST_DEVICE constexpr int head_group_in_order(const Params& params, int heads) {
+FA_HOST_DEVICE constexpr int head_group_in_order(const Params& params, const TileScheduler& tiles) {
   constexpr int64_t kBytes = int64_t{32} << 20;
   constexpr int kBytesPerElement = 2 + 2 + 4;  // of q, dout and the sums of dq
   const Shape& shape = params.shape;
-  const int64_t bytes_of_head = int64_t{max(shape.seqlen_q, 1)} * shape.head_dim *
-                                kBytesPerElement * (shape.num_heads / max(heads, 1));
+  const int seqlen_q = usual_length(params.queries, shape.batch, shape.seqlen_q);
+  const int64_t bytes_of_head = int64_t{max(seqlen_q, 1)} * shape.head_dim * kBytesPerElement *
+                                (shape.num_heads / max(tiles.heads, 1));
   return static_cast<int>(
-      min(max(kBytes / bytes_of_head, int64_t{1}), int64_t{heads} * shape.batch));
+      min(max(kBytes / bytes_of_head, int64_t{1}), int64_t{tiles.heads} * tiles.batch));
 }
 
 }  // namespace fa

@@ -41,6 +41,15 @@ struct Sequences {
                : static_cast<int64_t>(batch) * ((seqlen + tile_rows - 1) / tile_rows);
   }
 
+  // The tile of a sequence that has a number; one past its end where the number is before its
+  // first, as those of the packed rows before the first sequence are.
+  FA_HOST_DEVICE constexpr int tile_of_sequence(int64_t number, int batch, int seqlen,
+                                                int tile_rows) const {
+    const int64_t tile = number - first_tile(batch, seqlen, tile_rows);
+    const int past_end = (at(batch, seqlen).length + tile_rows - 1) / tile_rows;
+    return tile < 0 ? past_end : static_cast<int>(tile);
+  }
+
   // The sequence and its tile that have a number; the tile may lie past the sequence's end, where
   // no sequence has that number. By bisection: first_tile() rises from each sequence to the next.
   struct NumberedTile {
@@ -54,7 +63,7 @@ struct Sequences {
       const int middle = found + (end - found) / 2;
       (first_tile(middle, seqlen, tile_rows) <= number ? found : end) = middle;
     }
-    return {found, static_cast<int>(number - first_tile(found, seqlen, tile_rows))};
+    return {found, tile_of_sequence(number, found, seqlen, tile_rows)};
   }
 
   // How many tiles first_tile() may number. total_rows: of the packed tensor.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Barriers among some warps of a block. Barrier 0 is __syncthreads().
+// Barriers among some warps of a block, of which barrier 0 is __syncthreads(); and the one between
+// kernels of a stream.
 #pragma once
 
 #include "ptx/common.cuh"
@@ -37,5 +38,10 @@ FA_DEVICE bool barrier_any(int id, bool predicate) {
       : "memory");
   return result != 0;
 }
+
+// Until the kernel before in the stream has ended and its writes are visible, where this one was
+// launched to begin beside it.
+// PTX ISA, "Parallel Synchronization and Communication Instructions: griddepcontrol", .wait.
+FA_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace fa::ptx

@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const float scale_log2 = softmax_scale * kLog2E;
 
   // of a head of keys and values
-  const WorkTile tile = device::take_work(scheduler, workspace, s.ticket);
+  const WorkTile tile = device::in_sequence(device::take_work(scheduler, workspace, s.ticket),
+                                            params.keys, shape.batch, shape.seqlen_k, kTileN);
   const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
   const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
   const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
@@ -73,21 +74,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
   // Looked up again where it is used, rather than kept in registers through the loop.
-  const auto key_rows = [&](const TensorView& view) {
+  const auto key_rows = [&](const TensorView& view, int cols) {
     const int batch = static_cast<int>(ptx::opaque(tile.batch));
     return device::global_tile<Element>(view, params.keys.at(batch, shape.seqlen_k), batch,
-                                        first_key, tile.head, shape.head_dim);
+                                        first_key, tile.head, cols);
   };
-  s.k.template load_async<kThreads>(key_rows(params.k));
-  s.v.template load_async<kThreads>(key_rows(params.v));
+  s.k.template load_async<kThreads>(key_rows(params.k, shape.head_dim));
+  s.v.template load_async<kThreads>(key_rows(params.v, shape.head_dim_v));
 
   const auto load_queries = [&](const QueryTile& at, int stage) {
-    const auto query_rows = [&](const TensorView& view) {
+    const auto query_rows = [&](const TensorView& view, int cols) {
       return device::global_tile<Element>(view, sequence_q, tile.batch, at.tile * kTileM, at.head,
-                                          shape.head_dim);
+                                          cols);
     };
-    s.queries[stage].q.template load_async<kThreads>(query_rows(params.q));
-    s.queries[stage].dout.template load_async<kThreads>(query_rows(params.dout));
+    s.queries[stage].q.template load_async<kThreads>(query_rows(params.q, shape.head_dim));
+    s.queries[stage].dout.template load_async<kThreads>(query_rows(params.dout, shape.head_dim_v));
     load_statistics<kThreads>(s.statistics[stage],
                               workspace.lse_log2(workspace.index(at.head, first_tile + at.tile)));
   };
@@ -174,8 +175,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     device::store_elements(r_dv, s.v, KeyGrid::row(), KeyGrid::col());
   }
   __syncthreads();
-  s.k.template store<kThreads>(key_rows(params.dk));
-  s.v.template store<kThreads>(key_rows(params.dv));
+  s.k.template store<kThreads>(key_rows(params.dk, shape.head_dim));
+  s.v.template store<kThreads>(key_rows(params.dv, shape.head_dim_v));
 }
 
 // dq = softmax_scale * (its sums), one tile of queries of one head per block.
@@ -187,14 +188,16 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kThreads = Traits::kThreads;
 
   auto& s_dq = device::shared_memory<typename Traits::template Rows<Traits::kTileM>>();
-  const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
-  const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
+  const Shape& shape = params.shape;
+  const WorkTile tile =
+      device::in_sequence(scheduler.at(scheduler.first + blockIdx.x), params.queries, shape.batch,
+                          shape.seqlen_q, Traits::kTileM);
+  const Sequence sequence = params.queries.at(tile.batch, shape.seqlen_q);
   const int first_query = tile.tile * Traits::kTileM;
   if (first_query >= sequence.length) {
     return;
   }
-  const int64_t first_tile =
-      params.queries.first_tile(tile.batch, params.shape.seqlen_q, Traits::kTileM);
+  const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, Traits::kTileM);
   const float* g_sums =
       params.workspace.dq_sum(params.workspace.index(tile.head, first_tile + tile.tile));
 #pragma unroll
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   __syncthreads();
   s_dq.template store<kThreads>(device::global_tile<Element>(
-      params.dq, sequence, tile.batch, first_query, tile.head, params.shape.head_dim));
+      params.dq, sequence, tile.batch, first_query, tile.head, shape.head_dim));
 }
 
 }  // namespace fa::sm80

@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float positive_scale = fmaxf(fabsf(softmax_scale), FLT_MIN);
 
-  const WorkTile tile = device::uniform(scheduler.last_first(scheduler.first + blockIdx.x));
+  const WorkTile tile = device::in_sequence(scheduler.last_first(scheduler.first + blockIdx.x),
+                                            params.queries, shape.batch, shape.seqlen_q, kTileM);
   const Sequence sequence_q = params.queries.at(tile.batch, shape.seqlen_q);
   const Sequence sequence_k = params.keys.at(tile.batch, shape.seqlen_k);
   const WindowMask window = params.window.over(sequence_q.length, sequence_k.length);
@@ -117,23 +118,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Range unmasked_keys = window.keys_seen_by_all({warp_query, warp_query + Out::kRows});
 
   // Looked up again where it is used, rather than kept in registers through the loop.
-  const auto query_rows = [&](const TensorView& view) {
+  const auto query_rows = [&](const TensorView& view, int cols) {
     const int batch = static_cast<int>(ptx::opaque(tile.batch));
     return device::global_tile<Element>(view, params.queries.at(batch, shape.seqlen_q), batch,
-                                        first_query, tile.head, shape.head_dim);
+                                        first_query, tile.head, cols);
   };
-  const auto load_keys = [&](const TensorView& view, int first_key, auto& s_tile) {
-    s_tile.template load_async<kThreads>(device::global_tile<Element>(
-        view, sequence_k, tile.batch, first_key, tile.head / shape.group_size(), shape.head_dim));
+  const auto load_keys = [&](int first_key, int stage) {
+    const auto key_rows = [&](const TensorView& view, int cols) {
+      return device::global_tile<Element>(view, sequence_k, tile.batch, first_key,
+                                          tile.head / shape.group_size(), cols);
+    };
+    s.k[stage].template load_async<kThreads>(key_rows(params.k, shape.head_dim));
+    s.v[stage].template load_async<kThreads>(key_rows(params.v, shape.head_dim_v));
   };
 
   // Key tiles start at multiples of kTileN, so that a query's result depends on its own window
   // and not on that of its neighbours.
   const int keys_begin = keys.begin / kTileN * kTileN;
-  s.q.template load_async<kThreads>(query_rows(params.q));
+  s.q.template load_async<kThreads>(query_rows(params.q, shape.head_dim));
   if (!keys.empty()) {
-    load_keys(params.k, keys_begin, s.k[0]);
-    load_keys(params.v, keys_begin, s.v[0]);
+    load_keys(keys_begin, 0);
   }
   if (softmax_scale < 0.0f) {
     ptx::cp_async_wait_all();
@@ -151,8 +155,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     ptx::cp_async_wait_all();
     __syncthreads();
     if (next_key < keys.end) {
-      load_keys(params.k, next_key, s.k[stage ^ 1]);
-      load_keys(params.v, next_key, s.v[stage ^ 1]);
+      load_keys(next_key, stage ^ 1);
     }
     if (first_key < warp_keys.end && next_key > warp_keys.begin) {
       Scores r_scores;  // p after the softmax
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
   device::store_elements(r_out, s.q, warp_row, warp_col);
   __syncthreads();
-  s.q.template store<kThreads>(query_rows(params.out));
+  s.q.template store<kThreads>(query_rows(params.out, shape.head_dim_v));
 }
 
 }  // namespace fa::sm80

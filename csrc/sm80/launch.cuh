@@ -17,7 +17,8 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
   support::launch<flash_fwd_sm80<Traits>>(
       "flash_fwd_sm80", params,
-      TileScheduler{ceil_div(shape.seqlen_q, Traits::kTileM), shape.num_heads, shape.batch},
+      support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
+                        shape.num_heads),
       Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
 }
 
@@ -34,11 +35,13 @@ void launch_backward(const BwdParams& given, const LaunchContext& context) {
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   support::launch<flash_bwd_sm80<Traits>>(
       "flash_bwd_sm80", params,
-      TileScheduler{ceil_div(shape.seqlen_k, Traits::kTileN), shape.num_heads_kv, shape.batch},
+      support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
+                        shape.num_heads_kv),
       Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
   support::launch<flash_bwd_dq_sm80<Traits>>(
       "flash_bwd_dq_sm80", params,
-      TileScheduler{ceil_div(shape.seqlen_q, Traits::kTileM), shape.num_heads, shape.batch},
+      support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
+                        shape.num_heads),
       Traits::kThreads, kDqSmemBytes<Traits>, context.stream);
 }
 

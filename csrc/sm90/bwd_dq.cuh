@@ -7,6 +7,8 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
+#include "device/work_order.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/reduce.cuh"
 #include "sm90/bwd_traits.h"
 
@@ -51,7 +53,10 @@ __global__ void __launch_bounds__(Traits::kDqThreads)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Element = typename Traits::Element;
   auto& s_dq = device::shared_memory<typename Traits::DqTile>();
-  const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
+  ptx::wait_for_previous_kernel();
+  const WorkTile tile =
+      device::in_sequence(scheduler.at(scheduler.first + blockIdx.x), params.queries,
+                          params.shape.batch, params.shape.seqlen_q, Traits::kTileM);
   const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
   const int first_query = tile.tile * Traits::kTileM;
   if (first_query >= sequence.length) {

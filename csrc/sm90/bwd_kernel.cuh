@@ -225,15 +225,14 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     finish_store();
     const ptx::BoxOrigin origin = {0, s_work.keys.begin + first_key + warpgroup_row,
                                    s_work.tile.head, s_work.batch_of_keys(params)};
-    const auto rows_of = [&](const TensorView& view) {
+    const auto rows_of = [&](const TensorView& view, int cols) {
       return device::global_tile<Element>(view, s_work.keys, s_work.tile.batch,
-                                          first_key + warp_row, s_work.tile.head,
-                                          params.shape.head_dim);
+                                          first_key + warp_row, s_work.tile.head, cols);
     };
     // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
-                  rows_of(params.dv), warpgroup_barrier);
+                  rows_of(params.dv, params.shape.head_dim_v), warpgroup_barrier);
     if (late.head >= 0) {
       Dq r_dq;
       issue_dq(r_dq);
@@ -244,7 +243,7 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
     r_dk.scale(softmax_scale);
     ptx::barrier_sync<kMathThreads>(kMathBarrier);  // both have read all keys
     store_through(device::to_operand<Element>(r_dk), s_k, warpgroup_row, maps.dk, origin,
-                  rows_of(params.dk), warpgroup_barrier);
+                  rows_of(params.dk, params.shape.head_dim), warpgroup_barrier);
     is_leaving = true;
     keys_left = keys_at;
     keys_at.advance();
@@ -280,6 +279,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::wait_for_previous_kernel();
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / device::kWarpgroupThreads);
   if (warpgroup == 0) {
     ptx::shrink_registers<Traits::kProducerRegisters>();

@@ -207,7 +207,8 @@ FA_DEVICE void sum_key_gradient(
     const typename Traits::ScoreTile (&s_scores)[kBwdStages],
     device::Ring<kBwdStages>& s_scores_ring,
     const typename Traits::template Rows<Traits::kTileM> (&s_rows)[kBwdStages],
-    device::Ring<kBwdStages>& s_rows_ring, float scale, const TensorView& gradient) {
+    device::Ring<kBwdStages>& s_rows_ring, float scale, const TensorView& gradient,
+    int gradient_cols) {
   using Element = typename Traits::Element;
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> at;
@@ -236,7 +237,7 @@ FA_DEVICE void sum_key_gradient(
     const auto destination = device::global_tile<Element>(
         gradient, s_work.keys, s_work.tile.batch,
         s_work.first_key + ptx::warp_index() % Traits::kWarpgroupWarps * device::kBlockRows,
-        s_work.tile.head, params.shape.head_dim);
+        s_work.tile.head, gradient_cols);
     __syncwarp();  // all lanes have read s_work
     work_at.release(s.work_ring);
     device::store_rows<Traits::kHeadDim>(destination, [&](int block, int half) {
@@ -274,8 +275,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::wait_for_previous_kernel();
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / device::kWarpgroupThreads);
-  if (warpgroup == 0) {
+  if (warpgroup == 1) {
+    ptx::grow_registers<Traits::kScoreRegisters>();
+    differentiate_scores<Traits>(params, s);
+  } else if (warpgroup == 2) {
+    ptx::grow_registers<Traits::kGradientRegisters>();
+    sum_key_gradient<Traits>(params, s, s.p, s.p_ring, s.dout, s.dout_ring, 1.0f, params.dv,
+                             params.shape.head_dim_v);
+  } else if (warpgroup == 3) {
+    ptx::grow_registers<Traits::kGradientRegisters>();
+    sum_key_gradient<Traits>(params, s, s.ds, s.ds_ring, s.q, s.q_ring,
+                             static_cast<float>(params.softmax_scale), params.dk,
+                             params.shape.head_dim);
+  } else {
     ptx::shrink_registers<Traits::kProducerRegisters>();
     if (ptx::warp_index() == 0) {
       load_wide_keys<Traits>(params, maps, schedule, s);
@@ -284,16 +298,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else {
       keep_turns<Traits>(params, s, ptx::warp_index() == 2);
     }
-  } else if (warpgroup == 1) {
-    ptx::grow_registers<Traits::kScoreRegisters>();
-    differentiate_scores<Traits>(params, s);
-  } else if (warpgroup == 2) {
-    ptx::grow_registers<Traits::kGradientRegisters>();
-    sum_key_gradient<Traits>(params, s, s.p, s.p_ring, s.dout, s.dout_ring, 1.0f, params.dv);
-  } else {
-    ptx::grow_registers<Traits::kGradientRegisters>();
-    sum_key_gradient<Traits>(params, s, s.ds, s.ds_ring, s.q, s.q_ring,
-                             static_cast<float>(params.softmax_scale), params.dk);
   }
 #else
   __trap();  // rather than leave gradients out as they were

@@ -4,6 +4,7 @@
 
 #include "common/params.h"
 #include "device/warpgroup_mma.cuh"
+#include "device/work_order.cuh"
 #include "sm90/schedule.cuh"
 
 namespace fa::sm90 {
@@ -21,9 +22,10 @@ struct BwdWork {
   template <int kTileM, int kTileN>
   static FA_DEVICE BwdWork of_item(const BwdParams& params, const Schedule& schedule,
                                    uint32_t index) {
-    const WorkTile tile = schedule.in_order
-                              ? schedule.tiles.last_first_of_group(index, schedule.head_group)
-                              : schedule.tiles.first_first_of_group(index, schedule.head_group);
+    const WorkTile tile = device::in_sequence(
+        schedule.in_order ? schedule.tiles.last_first_of_group(index, schedule.head_group)
+                          : schedule.tiles.first_first_of_group(index, schedule.head_group),
+        params.keys, params.shape.batch, params.shape.seqlen_k, kTileN);
     const Sequence queries = params.queries.at(tile.batch, params.shape.seqlen_q);
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
     const WindowMask window = params.window.over(queries.length, keys.length);

@@ -118,7 +118,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
     };
     const auto out_rows = [&] {
       return device::global_tile<Element>(params.out, s_work.queries, s_work.tile.batch, warp_query,
-                                          s_work.tile.head, params.shape.head_dim);
+                                          s_work.tile.head, params.shape.head_dim_v);
     };
     device::SpeculativeSoftmax<Out::kRowsPerThread> softmax(positive_scale);
     typename Out::RowValues lse;

@@ -5,6 +5,7 @@
 #include "common/key_tiles.h"
 #include "common/params.h"
 #include "device/warpgroup_mma.cuh"
+#include "device/work_order.cuh"
 #include "sm90/schedule.cuh"
 
 namespace fa::sm90 {
@@ -21,7 +22,9 @@ struct FwdWork {
   template <int kTileM, int kTileN>
   static FA_DEVICE FwdWork of_item(const FwdParams& params, const Schedule& schedule,
                                    uint32_t index) {
-    const WorkTile tile = schedule.tiles.last_first_of_group(index, schedule.head_group);
+    const WorkTile tile =
+        device::in_sequence(schedule.tiles.last_first_of_group(index, schedule.head_group),
+                            params.queries, params.shape.batch, params.shape.seqlen_q, kTileM);
     const Sequence all_queries = params.queries.at(tile.batch, params.shape.seqlen_q);
     const Sequence keys = params.keys.at(tile.batch, params.shape.seqlen_k);
     const WindowMask window = params.window.over(all_queries.length, keys.length);

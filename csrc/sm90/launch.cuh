@@ -26,25 +26,26 @@ class TensorMaps {
  public:
   TensorMaps(const Params& params, Dtype dtype) : params_(params), dtype_(dtype) {}
 
-  CUtensorMap of_queries(const TensorView& view, int box_rows) const {
+  // cols: head_dim or head_dim_v.
+  CUtensorMap of_queries(const TensorView& view, int cols, int box_rows) const {
     const Shape& shape = params_.shape;
-    return make(view, params_.queries, shape.seqlen_q, shape.num_heads, box_rows);
+    return make(view, params_.queries, shape.seqlen_q, shape.num_heads, cols, box_rows);
   }
-  CUtensorMap of_keys(const TensorView& view, int box_rows) const {
+  CUtensorMap of_keys(const TensorView& view, int cols, int box_rows) const {
     const Shape& shape = params_.shape;
-    return make(view, params_.keys, shape.seqlen_k, shape.num_heads_kv, box_rows);
+    return make(view, params_.keys, shape.seqlen_k, shape.num_heads_kv, cols, box_rows);
   }
 
  private:
   CUtensorMap make(const TensorView& view, const Sequences& sequences, int seqlen, int heads,
-                   int box_rows) const {
+                   int cols, int box_rows) const {
     const bool packed = sequences.cu_seqlens != nullptr;
     return make_tensor_map({.view = view,
                             .dtype = dtype_,
                             .batch = packed ? 1 : params_.shape.batch,
                             .heads = heads,
                             .rows = packed ? sequences.packed_rows : seqlen,
-                            .cols = params_.shape.head_dim,
+                            .cols = cols,
                             .box_rows = box_rows});
   }
 
@@ -52,39 +53,41 @@ class TensorMaps {
   Dtype dtype_;
 };
 
-// For `tiles` of `tile_rows` rows each of what has `heads` heads and is called `name`. A block's
-// first item is its own, unless items begin in_order; the counter, where there are more items than
-// blocks, gives out the others.
+// For tiles of `tile_rows` rows each of what is called `name`. A block's first item is its own,
+// unless items begin in_order; the counter, where there are more items than blocks, gives out the
+// others.
 template <typename Params>
-Schedule make_schedule(const Params& params, const char* name, int tiles, int tile_rows, int heads,
-                       bool in_order, void* stream) {
-  const TileScheduler scheduler = {tiles, heads, params.shape.batch};
+Schedule make_schedule(const Params& params, const char* name, const TileScheduler& tiles,
+                       int tile_rows, bool in_order, void* stream) {
   const int most_blocks = support::multiprocessors();
   const int64_t most_items = int64_t{UINT32_MAX} - most_blocks;
-  const int64_t items = scheduler.count();
+  const int64_t items = tiles.count();
   check(items <= most_items, ErrorKind::kNotImplemented, name, ": expected at most ", most_items,
         " tiles of ", tile_rows, " rows in all heads and batch entries, got ", items);
-  return {.tiles = scheduler,
+  return {.tiles = tiles,
           .items = static_cast<uint32_t>(items),
-          .head_group = in_order ? head_group_in_order(params, heads)
-                                 : head_group(params, heads, tiles, most_blocks),
+          .head_group = in_order ? head_group_in_order(params, tiles)
+                                 : head_group(params, tiles, most_blocks),
           .counter = in_order || items > most_blocks ? support::work_counter(stream) : nullptr,
           .in_order = in_order};
 }
 
 template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
+  const Shape& shape = params.shape;
   const TensorMaps maps(params, Traits::kConfig.dtype);
   const Schedule schedule =
-      make_schedule(params, "q", ceil_div(params.shape.seqlen_q, Traits::kTileM), Traits::kTileM,
-                    params.shape.num_heads, false, context.stream);
+      make_schedule(params, "q",
+                    support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
+                                      shape.num_heads),
+                    Traits::kTileM, false, context.stream);
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), context.stream, params,
-      FwdTensorMaps{.q = maps.of_queries(params.q, device::kWarpgroupRows),
-                    .k = maps.of_keys(params.k, Traits::kTileN),
-                    .v = maps.of_keys(params.v, Traits::kTileN),
-                    .out = maps.of_queries(params.out, device::kWarpgroupRows)},
+      FwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, device::kWarpgroupRows),
+                    .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+                    .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+                    .out = maps.of_queries(params.out, shape.head_dim_v, device::kWarpgroupRows)},
       schedule);
 }
 
@@ -96,30 +99,32 @@ template <int kRow>
 void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
                       void* stream) {
   using Traits = BwdTraits<kRow>;
+  const Shape& shape = params.shape;
   const TensorMaps maps(params, Traits::kConfig.dtype);
-  support::launch_persistent<flash_bwd_sm90<Traits>>(
+  support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params,
-      BwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
-                    .k = maps.of_keys(params.k, Traits::kTileN),
-                    .v = maps.of_keys(params.v, Traits::kTileN),
-                    .dout = maps.of_queries(params.dout, Traits::kTileM),
-                    .dk = maps.of_keys(params.dk, device::kWarpgroupRows),
-                    .dv = maps.of_keys(params.dv, device::kWarpgroupRows)},
+      BwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
+                    .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+                    .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+                    .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM),
+                    .dk = maps.of_keys(params.dk, shape.head_dim, device::kWarpgroupRows),
+                    .dv = maps.of_keys(params.dv, shape.head_dim_v, device::kWarpgroupRows)},
       schedule);
 }
 template <int kRow>
 void launch_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
                       void* stream) {
   using Traits = WideBwdTraits<kRow>;
+  const Shape& shape = params.shape;
   const TensorMaps maps(params, Traits::kConfig.dtype);
-  support::launch_persistent<flash_bwd_wide_sm90<Traits>>(
+  support::launch_persistent<flash_bwd_wide_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params,
-      WideBwdTensorMaps{.q = maps.of_queries(params.q, Traits::kTileM),
-                        .k = maps.of_keys(params.k, Traits::kTileN),
-                        .v = maps.of_keys(params.v, Traits::kTileN),
-                        .dout = maps.of_queries(params.dout, Traits::kTileM)},
+      WideBwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
+                        .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+                        .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+                        .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM)},
       schedule);
 }
 
@@ -137,15 +142,18 @@ KernelResources gradients_resources(WideBwdTraits<kRow>*) {
 template <typename Traits>
 void launch_backward(const BwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
-  const int query_tiles = ceil_div(shape.seqlen_q, Traits::kTileM);
+  const TileScheduler query_tiles = support::schedule(params.queries, shape.batch, shape.seqlen_q,
+                                                      Traits::kTileM, shape.num_heads);
   const Schedule schedule = make_schedule(
-      params, "k", ceil_div(shape.seqlen_k, Traits::kTileN), Traits::kTileN, shape.num_heads_kv,
-      params.workspace.turns != nullptr && query_tiles > 0, context.stream);
+      params, "k",
+      support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
+                        shape.num_heads_kv),
+      Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
-  support::launch<flash_bwd_dq_sm90<Traits>>(
-      "flash_bwd_dq_sm90", params, TileScheduler{query_tiles, shape.num_heads, shape.batch},
-      Traits::kDqThreads, kDqSmemBytes<Traits>, context.stream);
+  support::launch<flash_bwd_dq_sm90<Traits>, support::Begin::kBesidePrevious>(
+      "flash_bwd_dq_sm90", params, query_tiles, Traits::kDqThreads, kDqSmemBytes<Traits>,
+      context.stream);
 }
 
 template <typename Traits>

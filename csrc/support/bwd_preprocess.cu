@@ -6,6 +6,7 @@
 
 #include "common/scheduler.h"
 #include "device/convert.cuh"
+#include "device/work_order.cuh"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
 
@@ -25,10 +26,10 @@ struct alignas(16) Pack {
 
 // The part of rowsum(dout * out) that this lane of the row's eight reads; their sum is for all.
 template <typename Element>
-FA_DEVICE float row_dot(const Element* g_out, const Element* g_dout, int head_dim) {
+FA_DEVICE float row_dot(const Element* g_out, const Element* g_dout, int head_dim_v) {
   const int lane_of_row = static_cast<int>(threadIdx.x) % kLanesPerRow;
   float sum = 0.0f;
-  for (int col = lane_of_row * kElementsPerLoad; col < head_dim;
+  for (int col = lane_of_row * kElementsPerLoad; col < head_dim_v;
        col += kLanesPerRow * kElementsPerLoad) {
     const auto r_out = *reinterpret_cast<const Pack<Element>*>(g_out + col);
     const auto r_dout = *reinterpret_cast<const Pack<Element>*>(g_dout + col);
@@ -47,15 +48,18 @@ __global__ void __launch_bounds__(kThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0 && workspace.ticket() != nullptr) {
     *workspace.ticket() = 0;
   }
-  const WorkTile tile = scheduler.at(scheduler.first + blockIdx.x);
-  const Sequence sequence = params.queries.at(tile.batch, params.shape.seqlen_q);
+  const Shape& shape = params.shape;
+  const WorkTile tile =
+      device::in_sequence(scheduler.at(scheduler.first + blockIdx.x), params.queries, shape.batch,
+                          shape.seqlen_q, workspace.tile_m);
+  const Sequence sequence = params.queries.at(tile.batch, shape.seqlen_q);
   const int first_query = tile.tile * workspace.tile_m;
   if (first_query >= sequence.length) {
     return;
   }
   const int64_t index = workspace.index(
       tile.head,
-      tile.tile + params.queries.first_tile(tile.batch, params.shape.seqlen_q, workspace.tile_m));
+      tile.tile + params.queries.first_tile(tile.batch, shape.seqlen_q, workspace.tile_m));
 
   for (int row = static_cast<int>(threadIdx.x) / kLanesPerRow; row < workspace.tile_m;
        row += kRowsPerStep) {
@@ -66,9 +70,9 @@ __global__ void __launch_bounds__(kThreads)
         exists ? params.softmax_lse.row<float>(tile.batch, tile.head)[g_row] : -INFINITY;
     float delta = 0.0f;
     if (exists) {
-      delta = row_dot(params.out.row<const Element>(tile.batch, g_row, tile.head),
-                      params.dout.row<const Element>(tile.batch, g_row, tile.head),
-                      params.shape.head_dim);
+      delta =
+          row_dot(params.out.row<const Element>(tile.batch, g_row, tile.head),
+                  params.dout.row<const Element>(tile.batch, g_row, tile.head), shape.head_dim_v);
     }
 #pragma unroll
     for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) {
@@ -100,8 +104,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Element>
 void launch_bwd_preprocess(const BwdParams& params, void* stream) {
   const Shape& shape = params.shape;
-  const TileScheduler scheduler = {ceil_div(shape.seqlen_q, params.workspace.tile_m),
-                                   shape.num_heads, shape.batch};
+  const TileScheduler scheduler = schedule(params.queries, shape.batch, shape.seqlen_q,
+                                           params.workspace.tile_m, shape.num_heads);
   launch<flash_bwd_preprocess<Element>>("flash_bwd_preprocess", params, scheduler, kThreads, 0,
                                         stream);
 }

@@ -9,6 +9,7 @@
 
 #include "common/math.h"
 #include "common/scheduler.h"
+#include "common/seqlen.h"
 #include "support/cuda_check.h"
 
 namespace fa::support {
@@ -40,15 +41,46 @@ void opt_in_to_smem(size_t smem_bytes) {
   done.fetch_or(bit, std::memory_order_release);
 }
 
+// Whether a kernel begins when the one before it in the stream has ended, or already while its last
+// blocks end. The latter must call ptx::wait_for_previous_kernel() before it reads or writes global
+// memory.
+enum class Begin { kAfterPrevious, kBesidePrevious };
+
+template <auto kKernel, Begin kBegin, typename... Arguments>
+void start(const char* name, unsigned blocks, int threads, size_t smem_bytes, void* stream,
+           const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = kBegin == Begin::kBesidePrevious ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), "launch ", name);
+}
+
+// Of all tiles of a batch's sequences; packed ones are numbered through the batch
+// (device::in_sequence()), so that no kernel need know the longest.
+inline TileScheduler schedule(const Sequences& sequences, int batch, int seqlen, int tile_rows,
+                              int heads) {
+  if (sequences.cu_seqlens == nullptr || batch == 0) {
+    return {ceil_div(seqlen, tile_rows), heads, batch};
+  }
+  const int64_t tiles = sequences.count_tiles(batch, sequences.packed_rows, seqlen, tile_rows);
+  return {static_cast<int>(tiles), heads, 1};
+}
+
 // kKernel(params, scheduler) with a block for each work item.
-template <auto kKernel, typename Params>
+template <auto kKernel, Begin kBegin = Begin::kAfterPrevious, typename Params>
 void launch(const char* name, const Params& params, TileScheduler scheduler, int threads,
             size_t smem_bytes, void* stream) {
   opt_in_to_smem<kKernel>(smem_bytes);
   for (; scheduler.first < scheduler.count(); scheduler.first += kMaxBlocks) {
     const auto blocks = static_cast<unsigned>(min(scheduler.count() - scheduler.first, kMaxBlocks));
-    kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params, scheduler);
-    check_cuda(cudaGetLastError(), "launch ", name);
+    start<kKernel, kBegin>(name, blocks, threads, smem_bytes, stream, params, scheduler);
   }
 }
 
@@ -71,7 +103,7 @@ inline int multiprocessors() {
 
 // kKernel(arguments...) with a block for each multiprocessor, or for each work item where these are
 // fewer.
-template <auto kKernel, typename... Arguments>
+template <auto kKernel, Begin kBegin = Begin::kAfterPrevious, typename... Arguments>
 void launch_persistent(const char* name, int64_t work_items, int threads, size_t smem_bytes,
                        void* stream, const Arguments&... arguments) {
   if (work_items == 0) {
@@ -79,8 +111,7 @@ void launch_persistent(const char* name, int64_t work_items, int threads, size_t
   }
   opt_in_to_smem<kKernel>(smem_bytes);
   const auto blocks = static_cast<unsigned>(min(work_items, int64_t{multiprocessors()}));
-  kKernel<<<blocks, threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError(), "launch ", name);
+  start<kKernel, kBegin>(name, blocks, threads, smem_bytes, stream, arguments...);
 }
 
 }  // namespace fa::support

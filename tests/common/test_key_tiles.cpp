@@ -75,7 +75,8 @@ void check_skips(const WindowMask& window, Range queries, const Tiling& tiling) 
 
 void check_groups(FwdParams params, int tiles, int blocks) {
   const int64_t heads = int64_t{params.shape.num_heads} * params.shape.batch;
-  const int group = fa::head_group(params, params.shape.num_heads, tiles, blocks);
+  const int group =
+      fa::head_group(params, {tiles, params.shape.num_heads, params.shape.batch}, blocks);
   FA_EXPECT(1 <= group && group <= heads, "group", group, "heads", heads);
   FA_EXPECT(int64_t{group} * tiles <= std::numeric_limits<int>::max(), "group", group);
   if (params.window.is_full()) {
@@ -102,7 +103,7 @@ void check_turns(const WindowMask& window, int tile_m, int tile_n) {
 
 void check_group_in_order(const FwdParams& params, int heads) {
   const int64_t all_heads = int64_t{heads} * params.shape.batch;
-  const int64_t group = fa::head_group_in_order(params, heads);
+  const int64_t group = fa::head_group_in_order(params, {1, heads, params.shape.batch});
   FA_EXPECT(1 <= group && group <= all_heads, "group", group, "heads", all_heads);
   const int64_t bytes =
       int64_t{8} * params.shape.seqlen_q * params.shape.head_dim * (params.shape.num_heads / heads);

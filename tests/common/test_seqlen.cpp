@@ -49,6 +49,31 @@ void check_tiles(const Sequences& sequences, int batch, int64_t total_rows, int 
   FA_EXPECT(count <= std::max(needed, total_rows / tile_rows + batch), "batch", batch);
 }
 
+// Every tile of every sequence is found by its number, and a number of none leads past an end.
+void check_numbers(const Sequences& sequences, int batch, int64_t total_rows, int seqlen,
+                   int tile_rows) {
+  const int64_t count = sequences.count_tiles(batch, total_rows, seqlen, tile_rows);
+  std::vector<Sequences::NumberedTile> tiles(batch == 0 ? 0 : count, {-1, -1});
+  for (int b = 0; b < batch; ++b) {
+    const int64_t first = sequences.first_tile(b, seqlen, tile_rows);
+    for (int tile = 0; tile * tile_rows < sequences.at(b, seqlen).length; ++tile) {
+      tiles[first + tile] = {b, tile};
+    }
+  }
+  for (int64_t number = 0; number < static_cast<int64_t>(tiles.size()); ++number) {
+    const auto [b, tile] = sequences.tile_of_number(number, batch, seqlen, tile_rows);
+    const auto [wanted_b, wanted_tile] = tiles[number];
+    if (wanted_b >= 0) {
+      FA_EXPECT(b == wanted_b && tile == wanted_tile, "number", number, "is", b, tile, "instead of",
+                wanted_b, wanted_tile, "tile_rows", tile_rows);
+    } else {
+      FA_EXPECT(0 <= b && b < batch, "number", number, "is of sequence", b);
+      FA_EXPECT(int64_t{tile} * tile_rows >= sequences.at(b, seqlen).length, "number", number, "is",
+                b, tile, "though none has it", "tile_rows", tile_rows);
+    }
+  }
+}
+
 void check_random_tiles() {
   std::mt19937 random(0);
   const auto draw = [&random](int most) {
@@ -67,6 +92,8 @@ void check_random_tiles() {
     const int64_t total_rows = cu_seqlens.back() + draw(5);
     check_tiles({.cu_seqlens = cu_seqlens.data()}, batch, total_rows, longest, tile_rows);
     check_tiles({}, batch, longest, longest, tile_rows);
+    check_numbers({.cu_seqlens = cu_seqlens.data()}, batch, total_rows, longest, tile_rows);
+    check_numbers({}, batch, longest, longest, tile_rows);
   }
 }
 

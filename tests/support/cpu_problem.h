@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // An attention problem for the CPU kernels: random inputs, and outputs full of NaN, in tensors of
-// any dtype and layout whose gaps hold NaN too.
+// any dtype and layout whose gaps hold NaN too. So does a bias where no pair sees it.
 #pragma once
 
 #include <algorithm>
@@ -73,7 +73,8 @@ inline double read(Dtype dtype, const void* source) {
   return half >> 15 ? -magnitude : magnitude;
 }
 
-// Values of the tests are normal numbers of their dtype, or zero, so truncation is all it takes.
+// Values of the tests are normal numbers of their dtype, zero or infinite, so truncation is all it
+// takes.
 inline void write(Dtype dtype, void* target, double number) {
   const float value = static_cast<float>(number);
   if (dtype == Dtype::kFloat64) {
@@ -84,7 +85,9 @@ inline void write(Dtype dtype, void* target, double number) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     const uint32_t magnitude = bits & 0x7fffffff;
-    const uint32_t half = magnitude < 113u << 23 ? 0 : (magnitude - (112u << 23)) >> 13;
+    const uint32_t half = magnitude < 113u << 23    ? 0
+                          : magnitude == 255u << 23 ? 31u << 10
+                                                    : (magnitude - (112u << 23)) >> 13;
     const uint16_t stored = dtype == Dtype::kBFloat16 ? bits >> 16 : (bits >> 16 & 0x8000) | half;
     std::memcpy(target, &stored, 2);
   }
@@ -213,6 +216,79 @@ struct Lengths {
   }
 };
 
+// Dimensions that a bias or a mask has; it is broadcast over the others.
+inline constexpr int kAbsent = -1;
+inline constexpr int kBatchAxis = 1, kHeadAxis = 2, kQueryAxis = 4, kKeyAxis = 8, kAllAxes = 15;
+
+// Elements of a bias, its gradient or a mask, and how they are broadcast.
+class ScoreArray {
+ public:
+  // queries, keys: elements of these dimensions. transposed: queries are the inner one.
+  ScoreArray(int element_bytes, int axes, int batch, int heads, int queries, int keys,
+             bool transposed)
+      : element_bytes_(element_bytes), sizes_{batch, heads, queries, keys} {
+    int64_t stride = 1;
+    const int order[] = {transposed ? 2 : 3, transposed ? 3 : 2, 1, 0};
+    for (const int dimension : order) {
+      const bool present = axes != kAbsent && (axes >> dimension & 1) != 0;
+      sizes_[dimension] = present ? sizes_[dimension] : 1;
+      strides_[dimension] = sizes_[dimension] == 1 ? 0 : stride;
+      stride = stride * sizes_[dimension] + (present && dimension >= 2 ? 3 : 0);
+    }
+    const bool empty = axes == kAbsent || batch == 0 || queries == 0 || keys == 0;
+    const int64_t last = index(sizes_[0] - 1, sizes_[1] - 1, sizes_[2] - 1, sizes_[3] - 1);
+    bytes.assign(empty ? 0 : (last + 1) * element_bytes, kPoison);
+  }
+
+  int64_t count() const { return bytes.size() / element_bytes_; }
+  int64_t index(int batch, int head, int query, int key) const {
+    return batch * strides_[0] + head * strides_[1] + query * strides_[2] + key * strides_[3];
+  }
+  ScoreTensor tensor() {
+    return {bytes.empty() ? nullptr : bytes.data(), strides_[0], strides_[1], strides_[2],
+            strides_[3]};
+  }
+  template <typename Visitor>
+  void for_each(Visitor visit) const {
+    for (int batch = 0; !bytes.empty() && batch < sizes_[0]; ++batch) {
+      for (int head = 0; head < sizes_[1]; ++head) {
+        for (int query = 0; query < sizes_[2]; ++query) {
+          for (int key = 0; key < sizes_[3]; ++key) {
+            visit(batch, head, query, key);
+          }
+        }
+      }
+    }
+  }
+
+  std::vector<unsigned char> bytes;
+
+ private:
+  int element_bytes_;
+  int sizes_[4];
+  int64_t strides_[4];
+};
+
+// Rules of common/score_rules.h: the axes of the bias and of masks, and which others there are.
+struct RulesCase {
+  int bias = kAbsent;
+  Dtype bias_dtype = Dtype::kFloat32;
+  int mask = kAbsent;
+  int padding = kAbsent;  // a second mask
+  int blocks = kAbsent;   // a mask with a byte for 128 x 128 pairs
+  bool transposed = false;
+  std::vector<int32_t> prefix_lens = {};
+  // Queries and keys of one document: that many neighbours, or those that are as far apart.
+  int document_length = 0;
+  int document_distance = 0;
+
+  std::string describe() const {
+    return concat(" bias ", bias, " ", name_of(bias_dtype), " mask ", mask, " padding ", padding,
+                  " blocks ", blocks, transposed ? " transposed" : "", " prefixes ",
+                  prefix_lens.size(), " documents ", document_length, "/", document_distance);
+  }
+};
+
 struct Case {
   Shape shape;
   long long left = -1;
@@ -222,6 +298,7 @@ struct Case {
   double scale = 0;  // 0: 1 / sqrt(head_dim)
   Lengths queries = {};
   Lengths keys = {};
+  RulesCase rules = {};
 
   double softmax_scale() const { return scale == 0 ? 1 / std::sqrt(shape.head_dim) : scale; }
   WindowMask window() const { return {shape.seqlen_q, shape.seqlen_k, left, right}; }
@@ -237,9 +314,131 @@ struct Case {
   std::string describe() const {
     return concat("batch ", shape.batch, " heads ", shape.num_heads, "/", shape.num_heads_kv,
                   " seqlen ", shape.seqlen_q, "x", shape.seqlen_k, " head_dim ", shape.head_dim,
-                  " window ", left, ",", right, " layout ", static_cast<int>(layout), " size ",
-                  size, " queries", queries.describe(), " keys", keys.describe());
+                  "/", shape.head_dim_v, " window ", left, ",", right, " layout ",
+                  static_cast<int>(layout), " size ", size, " queries", queries.describe(), " keys",
+                  keys.describe(), rules.describe());
   }
+};
+
+// A bias, masks, prefixes and documents.
+class Rules {
+ public:
+  explicit Rules(const Case& c)
+      : bias(size_of(c.rules.bias_dtype), c.rules.bias, c.shape.batch, c.shape.num_heads,
+             c.shape.seqlen_q, c.shape.seqlen_k, c.rules.transposed),
+        dbias(size_of(c.rules.bias_dtype), c.rules.bias, c.shape.batch, c.shape.num_heads,
+              c.shape.seqlen_q, c.shape.seqlen_k, !c.rules.transposed),
+        masks{mask(c, c.rules.mask, 1), mask(c, c.rules.blocks, kBlock),
+              mask(c, c.rules.padding, 1)},
+        c_(c) {
+    std::mt19937 random(2);
+    // Noise, but whole tiles of one kind too.
+    masks[0].for_each([&](int b, int h, int i, int j) {
+      const int tile = (i / 64 + 2 * (j / 64) + h + b) % 4;
+      const bool keep = tile == 0 || (tile != 1 && random() % 4 != 0);
+      masks[0].bytes[masks[0].index(b, h, i, j)] = keep ? 1 + random() % 255 : 0;
+    });
+    masks[1].for_each([&](int b, int h, int i, int j) {
+      masks[1].bytes[masks[1].index(b, h, i, j)] = (i + 2 * j + h + b) % 3 != 1;
+    });
+    masks[2].for_each([&](int b, int h, int i, int j) {
+      masks[2].bytes[masks[2].index(b, h, i, j)] = (7 * i + j + h + b) % 9 != 0;
+    });
+    const int longest = std::max(c.shape.seqlen_q, c.shape.seqlen_k);
+    for (int index = 0; index < c.shape.batch * longest; ++index) {
+      const int row = index % longest;
+      if (c.rules.document_length != 0) {
+        documents_.push_back((row + 10 * (index / longest)) / c.rules.document_length);
+      } else if (c.rules.document_distance != 0) {
+        documents_.push_back(row % c.rules.document_distance - 1);
+      }
+    }
+    std::uniform_real_distribution<double> uniform(-2, 2);
+    for_each_pair([&](int b, int h, int i, int j) {
+      unsigned char* element =
+          bias.bytes.data() + bias.index(b, h, i, j) * size_of(c.rules.bias_dtype);
+      if (!bias.bytes.empty() && sees(b, h, i, j) && std::isnan(bias_at(b, h, i, j))) {
+        write(c.rules.bias_dtype, element, random() % 16 == 0 ? -kInfinity : uniform(random));
+      }
+    });
+  }
+  Rules(const Rules&) = delete;
+
+  // Of a pair that exists.
+  bool sees(int b, int h, int i, int j) const {
+    const Shape& s = c_.shape;
+    const int seqlen_q = c_.queries.sequences().at(b, s.seqlen_q).length;
+    const int seqlen_k = c_.keys.sequences().at(b, s.seqlen_k).length;
+    const bool in_prefix = !c_.rules.prefix_lens.empty() && j < c_.rules.prefix_lens[b];
+    if (!in_prefix && !WindowMask(seqlen_q, seqlen_k, c_.left, c_.right).allows(i, j)) {
+      return false;
+    }
+    const int64_t first = int64_t{b} * std::max(s.seqlen_q, s.seqlen_k);
+    if (!documents_.empty() && documents_[first + i] != documents_[first + j]) {
+      return false;
+    }
+    const auto keeps = [&](const ScoreArray& mask, int block) {
+      return mask.bytes.empty() || mask.bytes[mask.index(b, h, i / block, j / block)] != 0;
+    };
+    return keeps(masks[0], 1) && keeps(masks[1], kBlock) && keeps(masks[2], 1);
+  }
+
+  // 0 without a bias.
+  double bias_at(int b, int h, int i, int j) const {
+    const Dtype dtype = c_.rules.bias_dtype;
+    return bias.bytes.empty()
+               ? 0
+               : read(dtype, bias.bytes.data() + bias.index(b, h, i, j) * size_of(dtype));
+  }
+
+  template <typename Visitor>
+  void for_each_pair(Visitor visit) const {
+    for (int b = 0; b < c_.shape.batch; ++b) {
+      const int seqlen_q = c_.queries.sequences().at(b, c_.shape.seqlen_q).length;
+      const int seqlen_k = c_.keys.sequences().at(b, c_.shape.seqlen_k).length;
+      for (int h = 0; h < c_.shape.num_heads; ++h) {
+        for (int i = 0; i < seqlen_q; ++i) {
+          for (int j = 0; j < seqlen_k; ++j) {
+            visit(b, h, i, j);
+          }
+        }
+      }
+    }
+  }
+
+  ScoreRules given() {
+    ScoreRules rules;
+    rules.bias = bias.tensor();
+    rules.bias_dtype = c_.rules.bias_dtype;
+    int given = 0;
+    for (ScoreArray& mask : masks) {
+      if (!mask.bytes.empty()) {
+        rules.masks[given++] = {mask.tensor(), &mask == &masks[1] ? 7 : 0};
+      }
+    }
+    rules.document_ids = documents_.empty() ? nullptr : documents_.data();
+    rules.document_stride = std::max(c_.shape.seqlen_q, c_.shape.seqlen_k);
+    rules.prefix_lens = c_.rules.prefix_lens.empty() ? nullptr : c_.rules.prefix_lens.data();
+    return rules;
+  }
+
+  ScoreArray bias, dbias;
+  ScoreArray masks[3];
+
+ private:
+  static constexpr int kBlock = 128;
+  static ScoreArray mask(const Case& c, int axes, int block) {
+    return {1,
+            axes,
+            c.shape.batch,
+            c.shape.num_heads,
+            ceil_div(c.shape.seqlen_q, block),
+            ceil_div(c.shape.seqlen_k, block),
+            c.rules.transposed};
+  }
+
+  const Case& c_;
+  std::vector<int32_t> documents_;
 };
 
 inline constexpr int kGuards = 4;  // poisoned numbers before and after row statistics
@@ -249,14 +448,15 @@ struct Problem {
   Problem(Dtype dtype, const Case& c)
       : dtype(dtype),
         c(c),
-        q(query_tensor()),
-        out(query_tensor()),
-        dout(query_tensor()),
-        dq(query_tensor()),
-        k(key_tensor()),
-        v(key_tensor()),
-        dk(key_tensor()),
-        dv(key_tensor()),
+        q(query_tensor(c.shape.head_dim)),
+        out(query_tensor(c.shape.head_dim_v)),
+        dout(query_tensor(c.shape.head_dim_v)),
+        dq(query_tensor(c.shape.head_dim)),
+        k(key_tensor(c.shape.head_dim)),
+        v(key_tensor(c.shape.head_dim_v)),
+        dk(key_tensor(c.shape.head_dim)),
+        dv(key_tensor(c.shape.head_dim_v)),
+        rules(this->c),
         lse((rows() + 2 * kGuards) * size_of(statistics_dtype()), kPoison),
         delta(lse),
         dlse(lse) {
@@ -304,7 +504,7 @@ struct Problem {
   void run(ParallelFor parallel_for) {
     const LaunchContext context = {.parallel_for = parallel_for};
     for (std::vector<unsigned char>* output :
-         {&out.bytes, &dq.bytes, &dk.bytes, &dv.bytes, &lse, &delta}) {
+         {&out.bytes, &dq.bytes, &dk.bytes, &dv.bytes, &rules.dbias.bytes, &lse, &delta}) {
       std::fill(output->begin(), output->end(), kPoison);
     }
     kernel(Pass::kForward)
@@ -317,7 +517,8 @@ struct Problem {
                   .out = out.view,
                   .softmax_lse = statistics(lse),
                   .queries = c.queries.sequences(),
-                  .keys = c.keys.sequences()},
+                  .keys = c.keys.sequences(),
+                  .rules = rules.given()},
                  context);
     kernel(Pass::kBackward)
         .backward({.shape = c.shape,
@@ -336,7 +537,9 @@ struct Problem {
                    .delta = statistics(delta),
                    .workspace = {},
                    .queries = c.queries.sequences(),
-                   .keys = c.keys.sequences()},
+                   .keys = c.keys.sequences(),
+                   .rules = rules.given(),
+                   .dbias = rules.dbias.tensor()},
                   context);
   }
 
@@ -351,21 +554,26 @@ struct Problem {
   }
 
   std::vector<std::vector<unsigned char>> results() const {
-    return {out.bytes, lse, dq.bytes, dk.bytes, dv.bytes};
+    return {out.bytes, lse, dq.bytes, dk.bytes, dv.bytes, rules.dbias.bytes};
   }
 
   Dtype dtype;
   Case c;
   Tensor q, out, dout, dq, k, v, dk, dv;
+  Rules rules;
   std::vector<unsigned char> lse, delta, dlse;
   bool with_dlse = true;
 
  private:
-  Tensor query_tensor() const { return tensor(c.queries, c.shape.seqlen_q, c.shape.num_heads); }
-  Tensor key_tensor() const { return tensor(c.keys, c.shape.seqlen_k, c.shape.num_heads_kv); }
-  Tensor tensor(const Lengths& lengths, int seqlen, int heads) const {
+  Tensor query_tensor(int head_dim) const {
+    return tensor(c.queries, c.shape.seqlen_q, c.shape.num_heads, head_dim);
+  }
+  Tensor key_tensor(int head_dim) const {
+    return tensor(c.keys, c.shape.seqlen_k, c.shape.num_heads_kv, head_dim);
+  }
+  Tensor tensor(const Lengths& lengths, int seqlen, int heads, int head_dim) const {
     return Tensor(dtype, lengths.tensor_batch(c.shape.batch), lengths.tensor_rows(seqlen), heads,
-                  c.shape.head_dim, c.layout, lengths.packed());
+                  head_dim, c.layout, lengths.packed());
   }
 };
 

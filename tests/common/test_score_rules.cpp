@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Windows with a prefix against their definition, over every small mask and tile; and what masks,
+// documents, prefix and window say together.
+#include "common/score_rules.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "common/tile_map.h"
+#include "tests/support/check.h"
+
+namespace {
+
+using fa::KeepMask;
+using fa::PrefixWindow;
+using fa::Range;
+using fa::ScoreRules;
+using fa::TileClass;
+using fa::Visibility;
+using fa::WindowMask;
+
+constexpr int kLongest = 7;
+constexpr int kPastEnd = 2;  // how far tiles reach beyond their sequence
+
+#define EXPECT_PREFIX(condition, window, queries, keys)                                    \
+  FA_EXPECT(condition, "seqlen_q", (window).window().seqlen_q(), "seqlen_k",               \
+            (window).window().seqlen_k(), "prefix", (window).prefix(), "lowest",           \
+            (window).window().lowest(), "highest", (window).window().highest(), "queries", \
+            (queries).begin, (queries).end, "keys", (keys).begin, (keys).end)
+
+// Bounds of a set of bits.
+bool is_hull(Range range, uint32_t set) {
+  if (set == 0) {
+    return range.begin == range.end;
+  }
+  return range.begin == __builtin_ctz(set) && range.end == 32 - __builtin_clz(set);
+}
+
+// Calls visit(tile) for all tiles that begin in a sequence, and for empty ones.
+template <typename Visitor>
+void for_each_tile(int seqlen, const Visitor& visit) {
+  for (int begin = 0; begin <= seqlen; ++begin) {
+    for (int end = begin; end <= seqlen + kPastEnd; ++end) {
+      visit(Range{begin, end});
+    }
+  }
+}
+
+void check_window(const WindowMask& mask, int given_prefix) {
+  const int32_t prefix_lens[] = {-1, given_prefix};
+  ScoreRules rules;
+  rules.prefix_lens = prefix_lens;
+  const PrefixWindow window(rules, mask, 1);
+  const int seqlen_q = mask.seqlen_q();
+  const int seqlen_k = mask.seqlen_k();
+  EXPECT_PREFIX(window.prefix() == std::clamp(given_prefix, 0, seqlen_k), window, (Range{0, 0}),
+                (Range{0, 0}));
+
+  // The definition, a bit for each key of a query and for each query of a key.
+  uint32_t keys_of[kLongest + kPastEnd] = {};
+  uint32_t queries_of[kLongest + kPastEnd] = {};
+  for (int query = 0; query < seqlen_q; ++query) {
+    for (int key = -1; key < seqlen_k + kPastEnd; ++key) {
+      const bool exists = 0 <= key && key < seqlen_k;
+      const bool seen = exists && (mask.allows(query, key) || key < given_prefix);
+      EXPECT_PREFIX(window.allows(query, key) == seen, window, (Range{query, query}),
+                    (Range{key, key}));
+      if (seen) {
+        keys_of[query] |= 1u << key;
+        queries_of[key] |= 1u << query;
+      }
+    }
+  }
+  for_each_tile(seqlen_k, [&](Range keys) {
+    uint32_t any = 0;
+    for (int key = keys.begin; key < keys.end; ++key) {
+      any |= queries_of[key];
+    }
+    EXPECT_PREFIX(is_hull(window.queries_seeing_any(keys), any), window, (Range{0, 0}), keys);
+  });
+  for_each_tile(seqlen_q, [&](Range queries) {
+    uint32_t any = 0;
+    uint32_t all = ~0u;
+    for (int query = queries.begin; query < std::min(queries.end, seqlen_q); ++query) {
+      any |= keys_of[query];
+      all &= keys_of[query];
+    }
+    EXPECT_PREFIX(is_hull(window.keys_seen_by_any(queries), any), window, queries, (Range{0, 0}));
+    if (queries.begin >= std::min(queries.end, seqlen_q)) {
+      return;
+    }
+    for_each_tile(seqlen_k, [&](Range keys) {
+      if (keys.empty()) {
+        return;
+      }
+      const uint32_t tile = (1u << keys.end) - (1u << keys.begin);
+      EXPECT_PREFIX(window.any(queries, keys) == ((any & tile) != 0), window, queries, keys);
+      EXPECT_PREFIX(window.all(queries, keys) == ((all & tile) == tile), window, queries, keys);
+      const TileClass expected = (all & tile) == tile ? TileClass::kSeen
+                                 : (any & tile) != 0  ? TileClass::kMixed
+                                                      : TileClass::kHidden;
+      EXPECT_PREFIX(class_of(window, queries, keys) == expected, window, queries, keys);
+    });
+  });
+}
+
+void check_every_small_window() {
+  for (int seqlen_q = 0; seqlen_q <= kLongest; ++seqlen_q) {
+    for (int seqlen_k = 0; seqlen_k <= kLongest; ++seqlen_k) {
+      for (int left = -1; left <= kLongest; ++left) {
+        for (int right = -1; right <= kLongest; ++right) {
+          for (int prefix = -2; prefix <= seqlen_k + 2; ++prefix) {
+            check_window({seqlen_q, seqlen_k, left, right}, prefix);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A rule's own window has no prefix.
+void check_without_prefix() {
+  const WindowMask causal(4, 6, -1, 0);
+  const PrefixWindow window({}, causal, 3);
+  FA_EXPECT_EQ(window.prefix(), 0);
+  FA_EXPECT(!window.allows(0, 3) && window.allows(0, 2));
+}
+
+void check_what_there_is() {
+  const int32_t numbers[] = {0};
+  uint8_t byte = 1;
+  ScoreRules none;
+  FA_EXPECT(!none.any() && !none.has_data_masks());
+  ScoreRules rules;
+  rules.bias.data = &byte;
+  FA_EXPECT(rules.any() && !rules.has_data_masks());
+  rules = {};
+  rules.prefix_lens = numbers;
+  FA_EXPECT(rules.any() && !rules.has_data_masks());
+  rules = {};
+  rules.document_ids = numbers;
+  FA_EXPECT(rules.any() && rules.has_data_masks());
+  rules = {};
+  rules.masks[0].data = &byte;
+  FA_EXPECT(rules.any() && rules.has_data_masks());
+}
+
+// Two batch entries of three heads: a mask of pairs, one of keys alone, one of blocks of 4 x 4.
+void check_visibility() {
+  constexpr int kBatch = 2, kHeads = 3, kQueries = 9, kKeys = 11;
+  constexpr int kBlockRows = 3, kBlockColumns = 3;
+  std::mt19937 random(0);
+  const auto draw_bytes = [&random](int count) {
+    std::vector<uint8_t> bytes(count);
+    for (uint8_t& byte : bytes) {
+      byte = random() % 4 == 0 ? 0 : 1 + random() % 255;
+    }
+    return bytes;
+  };
+  std::vector<uint8_t> pairs = draw_bytes(kBatch * kHeads * kQueries * kKeys);
+  std::vector<uint8_t> keys = draw_bytes(kBatch * kKeys);
+  std::vector<uint8_t> blocks = draw_bytes(kHeads * kBlockRows * kBlockColumns);
+  std::vector<int32_t> documents(kBatch * kKeys);
+  for (int32_t& document : documents) {
+    document = static_cast<int32_t>(random() % 2) - 1;
+  }
+  const int32_t prefix_lens[kBatch] = {0, 4};
+  const WindowMask causal(kQueries, kKeys, -1, 0);
+
+  for (int subset = 0; subset < 32; ++subset) {
+    ScoreRules rules;
+    int masks = 0;
+    const auto has = [subset](int rule) { return (subset >> rule & 1) != 0; };
+    if (has(0)) {
+      rules.masks[masks++] = {{pairs.data(), kHeads * kQueries * kKeys, kQueries * kKeys, kKeys, 1},
+                              0};
+    }
+    if (has(1)) {
+      rules.masks[masks++] = {{keys.data(), kKeys, 0, 0, 1}, 0};
+    }
+    if (has(2)) {
+      rules.masks[masks++] = {{blocks.data(), 0, kBlockRows * kBlockColumns, 1, kBlockRows}, 2};
+    }
+    if (has(3)) {
+      rules.document_ids = documents.data();
+      rules.document_stride = kKeys;
+    }
+    rules.prefix_lens = has(4) ? prefix_lens : nullptr;
+    for (int b = 0; b < kBatch; ++b) {
+      for (int h = 0; h < kHeads; ++h) {
+        const Visibility visibility(rules, causal, b, h);
+        for (int i = 0; i < kQueries; ++i) {
+          for (int j = 0; j < kKeys; ++j) {
+            const bool by_data =
+                (!has(0) || pairs[((b * kHeads + h) * kQueries + i) * kKeys + j] != 0) &&
+                (!has(1) || keys[b * kKeys + j] != 0) &&
+                (!has(2) || blocks[(h * kBlockColumns + j / 4) * kBlockRows + i / 4] != 0) &&
+                (!has(3) || documents[b * kKeys + i] == documents[b * kKeys + j]);
+            const bool by_window = causal.allows(i, j) || (has(4) && j < prefix_lens[b]);
+            FA_EXPECT_EQ(visibility.data_allow(i, j), by_data, "rules", subset, "at", b, h, i, j);
+            FA_EXPECT_EQ(visibility.allows(i, j), by_data && by_window, "rules", subset, "at", b, h,
+                         i, j);
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_offsets_beyond_32_bits() {
+  constexpr int64_t kLarge = int64_t{1} << 31;
+  const fa::ScoreTensor tensor = {nullptr, kLarge, kLarge + 1, kLarge + 2, kLarge + 3};
+  FA_EXPECT_EQ(tensor.offset(3, 5), 3 * (kLarge + 2) + 5 * (kLarge + 3));
+  FA_EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor.of_head<float>(3, 5)),
+               4 * static_cast<uintptr_t>(3 * kLarge + 5 * (kLarge + 1)));
+}
+
+}  // namespace
+
+int main() {
+  check_every_small_window();
+  check_without_prefix();
+  check_what_there_is();
+  check_visibility();
+  check_offsets_beyond_32_bits();
+  return fa::test::report("common/test_score_rules");
+}
