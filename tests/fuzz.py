@@ -41,7 +41,7 @@ PROPERTIES: dict[str, Sequence[Any]] = {
     "head_dim_v": (None, None, 1, 16, 40, 64, 129),
     "form": list(itertools.product(LENGTHS, ("padded", "packed"))),
     "mask_kind": ("none", "none", "causal", *WINDOWS),
-    "shape": ("square", "any", "few queries", "few keys", "long", "empty"),
+    "shape": (*3 * ("any", "square"), "few queries", "few keys", "long", "empty"),
     "softmax_scale": (None, None, None, -0.2, 0.7),
     "layout": LAYOUTS,
     "data": DATA,
@@ -54,7 +54,7 @@ PROPERTIES: dict[str, Sequence[Any]] = {
     "bias_grad": (True, True, False),
     "mask": (None, None, *DIMS),
     "block_mask": (None, None, "qk", "bhqk", "hq", "bk", ""),
-    "density": (0.7, 0.2, 0.97),
+    "density": (0.7, 0.9, 0.97, 0.2),
     "padding": PADDINGS,
     "documents": DOCUMENTS,
     "prefix": (False, True),
@@ -63,7 +63,7 @@ PROPERTIES: dict[str, Sequence[Any]] = {
 # How often a random property has its first value anyway: too many rules hide all pairs.
 PLAIN = {
     **dict.fromkeys(("bias", "form", "head_dim_v"), 0.4),
-    **dict.fromkeys(("mask", "block_mask", "padding", "documents", "prefix"), 0.7),
+    **dict.fromkeys(("mask", "block_mask", "padding", "documents", "prefix"), 0.75),
     **dict.fromkeys(("layout", "rule_layout", "data", "dout"), 0.5),
     "bias_data": 0.7,
 }
