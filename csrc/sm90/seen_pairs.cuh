@@ -3,6 +3,9 @@
 // know why a pair is hidden, and spend two instructions on each.
 #pragma once
 
+#include <cmath>
+#include <type_traits>
+
 #include "common/score_rules.h"
 #include "device/fragment.cuh"
 
@@ -33,7 +36,7 @@ struct SeenPairs {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = r_scores.r[0][block][2 * half + i];
-          score = bits[i] >> (block * kBitsOfBlock) & 1 ? score : -INFINITY;
+          score = (bits[i] & 1u << (block * kBitsOfBlock)) != 0 ? score : -INFINITY;
         }
       }
     }
