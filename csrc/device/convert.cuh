@@ -8,6 +8,7 @@
 namespace fa::device {
 
 // By name: torch builds its extensions without the implicit conversions of these types.
+FA_DEVICE float to_float(float x) { return x; }
 FA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 FA_DEVICE float to_float(__half x) { return __half2float(x); }
 
