@@ -29,23 +29,37 @@ FA_DEVICE void keep_visible(Scores& r_scores, const WindowMask& window, int firs
   });
 }
 
+// A thread's columns of a row are bits of a word, two of each block: those before `col`, of a tile
+// whose slices follow one another, or take turns with those of other warps. `first_col` is the
+// thread's own.
+template <typename Scores>
+FA_DEVICE uint32_t bits_before(int col, int first_col) {
+  static_assert(2 * Scores::kColBlocks <= 32);
+  int bits;
+  if constexpr (Scores::kSliceStride == 2 * kBlockCols) {
+    const int cols = min(max(col - first_col, 0), Scores::kCols);
+    bits = cols / kBlockCols * 2 + min(cols % kBlockCols, 2);
+  } else {
+    const int cols =
+        min(max(col - first_col, 0), Scores::kCols / (2 * kBlockCols) * Scores::kSliceStride);
+    const int in_slice = min(cols % Scores::kSliceStride, 2 * kBlockCols);
+    bits =
+        cols / Scores::kSliceStride * 4 + in_slice / kBlockCols * 2 + min(in_slice % kBlockCols, 2);
+  }
+  return static_cast<uint32_t>((uint64_t{1} << bits) - 1);
+}
+
 // Sets what lies outside a row's visible columns to `masked`, in the 16 rows of a warp:
-// visible(row) of one of the thread's rows. A thread's columns of a row are bits of a word, of
-// which a range is visible: one instruction per score.
+// visible(row) of one of the thread's rows: one instruction per score.
 template <typename Scores, typename Visible>
 FA_DEVICE void keep_columns(Scores& r_scores, float masked, Visible&& visible) {
-  static_assert(Scores::kRows == kBlockRows && 2 * Scores::kColBlocks <= 32);
+  static_assert(Scores::kRows == kBlockRows);
   const int first_col = Scores::col(0, 0);
-  // Bits of the columns before `col`: two of each block, or of the last one as many as there are.
-  const auto bits_before = [&](int col) {
-    const int cols = min(max(col - first_col, 0), Scores::kCols);
-    const int bits = cols / kBlockCols * 2 + min(cols % kBlockCols, 2);
-    return static_cast<uint32_t>((uint64_t{1} << bits) - 1);
-  };
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const Range cols = visible(row);
-    const uint32_t bits = bits_before(cols.end) & ~bits_before(cols.begin);
+    const uint32_t bits =
+        bits_before<Scores>(cols.end, first_col) & ~bits_before<Scores>(cols.begin, first_col);
 #pragma unroll
     for (int bit = 0; bit < 2 * Scores::kColBlocks; ++bit) {
       float& score = r_scores.r[0][bit / 2][2 * row + bit % 2];

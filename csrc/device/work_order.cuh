@@ -29,8 +29,8 @@ FA_DEVICE Sequences::NumberedTile find_tile(const Sequences& sequences, int64_t 
   return {found, sequences.tile_of_sequence(number, found, seqlen, tile_rows)};
 }
 
-// A work item as a tile of a sequence. Those of packed sequences are numbered through the batch. One
-// that lies past the end of its sequence is no work.
+// A work item as a tile of a sequence. Tiles of packed sequences are numbered through the batch,
+// and some lie past the end of their sequence.
 FA_DEVICE WorkTile in_sequence(const WorkTile& item, const Sequences& sequences, int batch,
                                int seqlen, int tile_rows) {
   if (sequences.cu_seqlens == nullptr) {

@@ -20,24 +20,12 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
-#include "device/mask.cuh"
 #include "device/warp_mma.cuh"
 #include "device/work_order.cuh"
+#include "sm80/bwd_scores.cuh"
 #include "sm80/traits.h"
 
 namespace fa::sm80 {
-
-// A tile's statistics are contiguous in global memory, lse first.
-template <int kThreads, typename Statistics>
-FA_DEVICE void load_statistics(Statistics& s_statistics, const float* g_statistics) {
-  constexpr int kFloatsPerCopy = ptx::kCpAsyncBytes / sizeof(float);
-  constexpr int kCopies = sizeof(Statistics) / ptx::kCpAsyncBytes;
-  static_assert(kCopies <= kThreads);
-  const int first = static_cast<int>(threadIdx.x) * kFloatsPerCopy;
-  if (threadIdx.x < kCopies) {
-    ptx::cp_async_16(s_statistics.lse_log2 + first, g_statistics + first);
-  }
-}
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
@@ -56,7 +44,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const Shape& shape = params.shape;
   const BwdWorkspace& workspace = params.workspace;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
-  const float scale_log2 = softmax_scale * kLog2E;
 
   // of a head of keys and values
   const WorkTile tile = device::in_sequence(device::take_work(scheduler, workspace, s.ticket),
@@ -69,7 +56,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     return;
   }
   const Range keys = {first_key, first_key + kTileN};
-  const Range queries = window.queries_seeing_any(keys);
+  const typename Traits::Rules rules(params, window, tile.batch);
+  const Range queries = rules.queries_seeing_any(keys);
   const Range unmasked_queries = window.queries_seeing_all(keys);
   const int64_t first_tile = params.queries.first_tile(tile.batch, shape.seqlen_q, kTileM);
 
@@ -98,14 +86,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   r_dk.clear();
   r_dv.clear();
 
-  QueryTiles tiles(queries, kTileM, tile.head * shape.group_size(), shape.group_size());
+  auto tiles =
+      rules.query_tiles(queries, tile.tile, tile.head * shape.group_size(), shape.group_size());
   if (!tiles.done()) {
     load_queries(tiles.current(), 0);
   }
   int stage = 0;
   while (!tiles.done()) {
     const QueryTile at = tiles.current();
-    tiles.advance();
+    rules.advance(tiles, tile.tile);
     ptx::cp_async_wait_all();
     __syncthreads();
     if (!tiles.done()) {
@@ -113,35 +102,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     }
     const auto& s_q = s.queries[stage].q;
     const auto& s_dout = s.queries[stage].dout;
-    const auto& s_statistics = s.statistics[stage];
     const int first_query = at.tile * kTileM;
     const int row = ScoreGrid::row();
     const int col = ScoreGrid::col();
 
     typename ScoreGrid::Sum r_p;
-    r_p.clear();
-    device::accumulate_abt(r_p, s_q, row, s.k, col);
-    r_p.transform([&](float score, int i, int, int) {
-      const float lse_log2 = s_statistics.lse_log2[row + ScoreGrid::Sum::row(i)];
-      return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
-    });
+    typename ScoreGrid::Sum r_ds;
     const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-    const bool is_masked = !device::covers(unmasked_queries, tile_queries);
-    if (is_masked) {
-      device::keep_visible(r_p, window, first_query + row, first_key + col, 0.0f);
-    }
-
-    typename ScoreGrid::Sum r_ds;  // dp, then ds
-    r_ds.clear();
-    device::accumulate_abt(r_ds, s_dout, row, s.v, col);
-
-    r_ds.transform([&](float dp, int i, int block, int j) {
-      const float delta = s_statistics.delta[row + ScoreGrid::Sum::row(i)];
-      return r_p.r[i / 2][block][j] * (dp - delta);
-    });
-    if (is_masked) {  // dp of a hidden key may be infinite
-      device::keep_visible(r_ds, window, first_query + row, first_key + col, 0.0f);
-    }
+    find_scores<Traits>(
+        params, rules, s, stage, at, tile.tile,
+        [&] { return device::covers(unmasked_queries, tile_queries); }, r_p, r_ds);
     if (ScoreGrid::leads()) {
       device::store_elements(r_p, s.p, row, col);
       device::store_elements(r_ds, s.ds, row, col);
@@ -152,9 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     device::accumulate_atb(r_dk, s.ds, KeyGrid::row(), s_q, KeyGrid::col());
 
     const int64_t index = workspace.index(at.head, first_tile + at.tile);
-    device::InTurn in_turn(workspace, index, [&] {
-      return tile.tile - window.keys_seen_by_any(tile_queries).begin / kTileN;
-    });
+    device::InTurn in_turn = rules.in_turn(workspace, index, at, tile_queries, tile.tile);
 #pragma unroll
     for (int dq_col = 0; dq_col < kHeadDim; dq_col += kDqCols) {
       typename QueryGrid::Sum r_dq;

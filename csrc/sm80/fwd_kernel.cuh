@@ -20,7 +20,6 @@
 #include "common/scheduler.h"
 #include "device/convert.cuh"
 #include "device/epilogue.cuh"
-#include "device/mask.cuh"
 #include "device/softmax.cuh"
 #include "device/warp_mma.cuh"
 #include "device/work_order.cuh"
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   // exp2 wants a positive scale: a negative one is moved into q, and a tiny one stands for zero,
   // which would turn a masked -inf into NaN.
-  const float softmax_scale = static_cast<float>(params.softmax_scale);
+  const float softmax_scale = Traits::Rules::scale(static_cast<float>(params.softmax_scale));
   const float positive_scale = fmaxf(fabsf(softmax_scale), FLT_MIN);
 
   const WorkTile tile = device::in_sequence(scheduler.last_first(scheduler.first + blockIdx.x),
@@ -110,11 +109,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (first_query >= sequence_q.length) {
     return;
   }
+  const typename Traits::Rules rules(params, window, tile.batch);
   const Range queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-  const Range keys = window.keys_seen_by_any(queries);
+  const Range keys = rules.keys_seen_by_any(queries);
   // Near the diagonal a warp may see less than its block.
   const int warp_query = first_query + warp_row;
-  const Range warp_keys = window.keys_seen_by_any({warp_query, warp_query + Out::kRows});
+  const Range warp_keys = rules.keys_seen_by_any({warp_query, warp_query + Out::kRows});
   const Range unmasked_keys = window.keys_seen_by_all({warp_query, warp_query + Out::kRows});
 
   // Looked up again where it is used, rather than kept in registers through the loop.
@@ -134,9 +134,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   // Key tiles start at multiples of kTileN, so that a query's result depends on its own window
   // and not on that of its neighbours.
-  const int keys_begin = keys.begin / kTileN * kTileN;
+  const auto next_from = [&](int key) {
+    return rules.next_key(tile.head, tile.tile, key, keys.end);
+  };
+  const int keys_begin = next_from(keys.begin / kTileN * kTileN);
   s.q.template load_async<kThreads>(query_rows(params.q, shape.head_dim));
-  if (!keys.empty()) {
+  if (keys_begin < keys.end) {
     load_keys(keys_begin, 0);
   }
   if (softmax_scale < 0.0f) {
@@ -150,19 +153,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   r_out.clear();
 
   int stage = 0;
-  for (int first_key = keys_begin; first_key < keys.end; first_key += kTileN) {
-    const int next_key = first_key + kTileN;
+  for (int first_key = keys_begin, next_key; first_key < keys.end; first_key = next_key) {
+    const int end_key = first_key + kTileN;
+    next_key = next_from(end_key);
     ptx::cp_async_wait_all();
     __syncthreads();
     if (next_key < keys.end) {
       load_keys(next_key, stage ^ 1);
     }
-    if (first_key < warp_keys.end && next_key > warp_keys.begin) {
+    if (first_key < warp_keys.end && end_key > warp_keys.begin) {
       Scores r_scores;  // p after the softmax
       r_scores.clear();
       device::accumulate_abt(r_scores, s.q, warp_row, s.k[stage], warp_key);
-      if (!device::covers(unmasked_keys, {first_key, next_key})) {
-        device::keep_visible(r_scores, window, warp_query, first_key + warp_key, -INFINITY);
+      rules.finish_scores(r_scores, tile.head, warp_query, first_key + warp_key);
+      if (rules.is_masked({tile.head, tile.tile}, first_key / kTileN,
+                          device::covers(unmasked_keys, {first_key, end_key}))) {
+        typename Traits::Rules::template Seen<Scores> seen;
+        rules.find_seen(seen, tile.head, warp_query, first_key + warp_key);
+        rules.keep_seen(r_scores, seen, warp_query, first_key + warp_key, -INFINITY);
       }
       typename Out::RowValues largest;
       typename Out::RowValues rescale;

@@ -5,16 +5,19 @@
 #include "common/math.h"
 #include "dispatch/registry.h"
 #include "sm80/bwd_kernel.cuh"
+#include "sm80/dbias_kernel.cuh"
 #include "sm80/fwd_kernel.cuh"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
 #include "support/resources.h"
+#include "support/tile_map.h"
 
 namespace fa::sm80 {
 
 template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
+  support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch<flash_fwd_sm80<Traits>>(
       "flash_fwd_sm80", params,
       support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
@@ -32,7 +35,15 @@ void launch_backward(const BwdParams& given, const LaunchContext& context) {
   if (shape.seqlen_q == 0) {
     params.workspace.turns = nullptr;  // nothing to add, and no block to begin the count
   }
+  support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  if constexpr (Traits::kGeneral) {
+    if (params.dbias.data != nullptr) {
+      support::launch<flash_dbias_sm80<Traits>>(
+          "flash_dbias_sm80", params, dbias_schedule<Traits>(params), Traits::kThreads,
+          sizeof(typename Traits::SharedMemory), context.stream);
+    }
+  }
   support::launch<flash_bwd_sm80<Traits>>(
       "flash_bwd_sm80", params,
       support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,

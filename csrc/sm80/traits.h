@@ -11,6 +11,7 @@
 #include "device/smem.cuh"
 #include "device/warp_grid.cuh"
 #include "dispatch/kernel_table.h"
+#include "sm80/rules.cuh"
 
 namespace fa::sm80 {
 
@@ -29,6 +30,10 @@ struct Traits {
 
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
+
+  static constexpr bool kGeneral = kConfig.score == ScoreMode::kGeneral;
+  using Rules =
+      std::conditional_t<kGeneral, GeneralRules<kTileM, kTileN>, PlainRules<kTileM, kTileN>>;
 
   template <int kRows>
   using Rows = device::SmemTile<Element, kRows, kHeadDim>;

@@ -27,23 +27,38 @@ SENSITIVE: dict[str, dict[str, object]] = {
     "causal": {"causal": True},
     "window_size left": {"window_size": (3, -1)},
     "window_size right": {"window_size": (-1, 3)},
-    "attn_bias": {"attn_bias": torch.linspace(0, 2, 40)},
-    "attn_mask": {"attn_mask": torch.arange(40) % 3 > 0},
-    "key_padding_mask": {"key_padding_mask": torch.arange(40).expand(2, 40) < 25},
-    "seqlens_q": {"seqlens_q": torch.tensor([40, 30], dtype=torch.int32)},
-    "seqlens_k": {"seqlens_k": torch.tensor([40, 25], dtype=torch.int32)},
-    "document_ids": {"document_ids": torch.arange(80, dtype=torch.int32).view(2, 40) // 13},
-    "prefix_lens": {"prefix_lens": torch.tensor([35, 12], dtype=torch.int32)},
-    "block_mask": {"block_mask": torch.tensor([[[True]], [[False]]])},
 }
-# What an argument needs to have an effect, where that is not the default.
-BESIDE: dict[str, dict[str, object]] = {"prefix_lens": {"causal": True}}
-# Of packed sequences: what they do not take, what has another name, and what divides them.
-PADDED_ONLY = {"key_padding_mask", "document_ids"}
-USED = {"seqlens_q": "seqused_q", "seqlens_k": "seqused_k"}
-DIVIDING = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# Each changes all of these too; what it is given beside, so that there is something to change.
+RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "attn_bias": ({}, {"attn_bias": torch.linspace(-3, 3, 1600).view(40, 40).sin()}),
+    "attn_mask": ({}, {"attn_mask": torch.arange(1600).view(1, 1, 40, 40) % 3 != 0}),
+    "key_padding_mask": ({}, {"key_padding_mask": torch.arange(80).view(2, 40) % 40 < 25}),
+    "seqlens_q": ({}, {"seqlens_q": _int32(30, 20)}),
+    "seqlens_k": ({}, {"seqlens_k": _int32(30, 20)}),
+    "document_ids": ({}, {"document_ids": (torch.arange(80).view(2, 40) // 13).int()}),
+    "prefix_lens": ({"causal": True}, {"prefix_lens": _int32(20, 30)}),
+    "block_mask": ({}, {"block_mask": torch.tensor([True, False]).view(2, 1, 1, 1)}),
+}
+PACKED_RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "cu_seqlens_q": ({}, {"cu_seqlens_q": _int32(0, 30, 80)}),
+    "cu_seqlens_k": ({}, {"cu_seqlens_k": _int32(0, 30, 80)}),
+    "seqused_q": ({}, {"seqused_q": _int32(30, 20)}),
+    "seqused_k": ({}, {"seqused_k": _int32(30, 20)}),
+    "prefix_lens": RULES["prefix_lens"],
+    "attn_bias": RULES["attn_bias"],
+    "attn_mask": RULES["attn_mask"],
+    "block_mask": RULES["block_mask"],
+}
 # Change only what is returned, or the order of additions; tested below.
 NEUTRAL = {"deterministic", "return_attn_probs", "return_lse"}
+# flash-attn's callers pass them; nothing needs them.
+IGNORED = {"max_seqlen_q", "max_seqlen_k"}
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -54,27 +69,64 @@ def _qkv(device: str) -> list[Tensor]:
     ]
 
 
-def _on(device: torch.device, arguments: dict[str, object]) -> dict[str, Any]:
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-    }
-
-
 def _results(qkv: list[Tensor], **arguments: object) -> dict[str, Tensor]:
-    out, lse = flash_attn_func(*qkv, return_lse=True, **_on(qkv[0].device, arguments))
-    loss = out.square().sum() + lse.nan_to_num(neginf=0.0).sum()
+    out, lse = flash_attn_func(*qkv, return_lse=True, **arguments)
+    loss = out.square().sum() + lse.sum()
     return dict(zip(NAMES, (out, lse, *torch.autograd.grad(loss, qkv)), strict=True))
 
 
 @pytest.mark.parametrize("argument", SENSITIVE)
 def test_argument_changes_every_result(device: str, argument: str) -> None:
     qkv = _qkv(device)
-    beside = BESIDE.get(argument, {})
-    default = _results(qkv, **beside)
-    changed = _results(qkv, **beside, **SENSITIVE[argument])
+    default = _results(qkv)
+    changed = _results(qkv, **SENSITIVE[argument])
     for name in NAMES:
         assert not torch.allclose(changed[name], default[name], rtol=1e-2, atol=1e-3), name
+
+
+def _on(device: str, arguments: dict[str, object]) -> dict[str, object]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _assert_all_differ(results: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    for name in NAMES:
+        assert not torch.allclose(results[name], others[name], rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("argument", RULES)
+def test_a_rule_changes_every_result(device: str, argument: str) -> None:
+    beside, rule = (_on(device, part) for part in RULES[argument])
+    qkv = _qkv(device)
+    _assert_all_differ(_results(qkv, **beside, **rule), _results(qkv, **beside))
+
+
+def _packed_results(qkv: list[Tensor], **arguments: object) -> dict[str, Tensor]:
+    sequences = {f"cu_seqlens_{side}": _int32(0, 40, 80).to(qkv[0].device) for side in "qk"}
+    packed = [x.flatten(0, 1) for x in qkv]
+    out, lse = flash_attn_varlen_func(*packed, **(sequences | arguments), return_lse=True)
+    loss = out.square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+    return dict(zip(NAMES, (out, lse, *torch.autograd.grad(loss, qkv)), strict=True))
+
+
+@pytest.mark.parametrize("argument", PACKED_RULES)
+def test_a_rule_changes_every_result_of_packed_sequences(device: str, argument: str) -> None:
+    beside, rule = (_on(device, part) for part in PACKED_RULES[argument])
+    qkv = _qkv(device)
+    _assert_all_differ(_packed_results(qkv, **beside, **rule), _packed_results(qkv, **beside))
+
+
+@pytest.mark.parametrize("argument", SENSITIVE)
+def test_arguments_change_every_result_of_packed_sequences(device: str, argument: str) -> None:
+    qkv = _qkv(device)
+    _assert_all_differ(_packed_results(qkv, **SENSITIVE[argument]), _packed_results(qkv))
+
+
+def test_lengths_that_nothing_needs_change_nothing(device: str) -> None:
+    qkv = _qkv(device)
+    expected = _packed_results(qkv, deterministic=True)
+    for length in (40, 7, torch.tensor(40, device=device)):
+        results = _packed_results(qkv, deterministic=True, max_seqlen_q=length, max_seqlen_k=length)
+        assert all(torch.equal(results[name], expected[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
@@ -102,7 +154,7 @@ def test_each_incoming_gradient_changes_the_gradients(device: str, part: str) ->
 @pytest.mark.parametrize("argument", SENSITIVE)
 def test_packed_forms_pass_their_arguments_on(device: str, argument: str) -> None:
     q, k, v = (x.detach() for x in _qkv(device))
-    options = _on(q.device, BESIDE.get(argument, {}) | SENSITIVE[argument])
+    options = SENSITIVE[argument]
     expected = flash_attn_func(q, k, v, return_lse=True, **options)
     for packed in (
         flash_attn_qkvpacked_func(torch.stack([q, k, v], dim=2), return_lse=True, **options),
@@ -111,25 +163,45 @@ def test_packed_forms_pass_their_arguments_on(device: str, argument: str) -> Non
         assert all(map(torch.equal, packed, expected))
 
 
-@pytest.mark.parametrize("argument", [name for name in SENSITIVE if name not in PADDED_ONLY])
-def test_packed_sequences_pass_their_arguments_on(device: str, argument: str) -> None:
+@pytest.mark.parametrize("argument", RULES)
+def test_packed_forms_pass_their_rules_on(device: str, argument: str) -> None:
     q, k, v = (x.detach() for x in _qkv(device))
-    options = _on(q.device, BESIDE.get(argument, {}) | SENSITIVE[argument])
-    out, lse = flash_attn_func(q, k, v, return_lse=True, **options)
-    expected = (out.flatten(0, 1), lse.transpose(0, 1).flatten(1))
-    options = {USED.get(name, name): value for name, value in options.items()}
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    cu_seqlens = torch.tensor([0, 40, 80], dtype=torch.int32, device=device)
+    options = {key: value for part in RULES[argument] for key, value in _on(device, part).items()}
+    expected = flash_attn_func(q, k, v, return_lse=True, **options)
+    for packed in (
+        flash_attn_qkvpacked_func(torch.stack([q, k, v], dim=2), return_lse=True, **options),
+        flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), return_lse=True, **options),
+    ):
+        assert all(map(torch.equal, packed, expected))
+
+
+@pytest.mark.parametrize("argument", [*SENSITIVE, *PACKED_RULES])
+def test_packed_forms_of_packed_sequences_pass_on(device: str, argument: str) -> None:
+    q, k, v = (x.detach().flatten(0, 1) for x in _qkv(device))
+    beside, rule = PACKED_RULES.get(argument, ({}, SENSITIVE.get(argument, {})))
+    options = _on(device, {"cu_seqlens_q": _int32(0, 40, 80), "cu_seqlens_k": _int32(0, 40, 80)})
+    options |= _on(device, beside) | _on(device, rule)
+    expected = flash_attn_varlen_func(q, k, v, return_lse=True, **options)
     kv = torch.stack([k, v], dim=1)
-    packed = [
-        flash_attn_varlen_func(q, k, v, *2 * [cu_seqlens], return_lse=True, **options),
-        flash_attn_varlen_kvpacked_func(q, kv, *2 * [cu_seqlens], return_lse=True, **options),
-    ]
-    if argument not in USED:
-        qkv = torch.stack([q, k, v], dim=1)
-        packed.append(flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, return_lse=True, **options))
-    for results in packed:
-        assert all(map(torch.equal, results, expected))
+    packed = flash_attn_varlen_kvpacked_func(q, kv, return_lse=True, **options)
+    assert all(map(torch.equal, packed, expected))
+    if argument in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+        return  # queries and keys have the same there
+    cu_seqlens = options.pop("cu_seqlens_q")
+    del options["cu_seqlens_k"]
+    qkv = torch.stack([q, k, v], dim=1)
+    packed = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, return_lse=True, **options)
+    assert all(map(torch.equal, packed, expected))
+
+
+def test_seqused_of_packed_qkv_is_of_queries_and_keys(device: str) -> None:
+    q, k, v = (x.detach().flatten(0, 1) for x in _qkv(device))
+    cu_seqlens, used = _int32(0, 40, 80).to(device), _int32(30, 20).to(device)
+    expected = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, seqused_q=used, seqused_k=used
+    )
+    qkv = torch.stack([q, k, v], dim=1)
+    assert torch.equal(flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, seqused=used), expected)
 
 
 class _Record(TorchDispatchMode):
@@ -188,11 +260,16 @@ def test_results_follow_the_return_arguments(device: str) -> None:
         assert torch.equal(result[1], with_lse[1])
 
 
-def test_every_argument_is_covered() -> None:
+@pytest.mark.parametrize(
+    ("function", "rules"), [(flash_attn_func, RULES), (flash_attn_varlen_func, PACKED_RULES)]
+)
+def test_every_argument_is_covered(function: Any, rules: dict[str, object]) -> None:
     """An argument added to the signature must be added here, or refused in test_errors."""
-    arguments = set(inspect.signature(flash_attn_func).parameters) - {"q", "k", "v"}
+    arguments = set(inspect.signature(function).parameters) - {"q", "k", "v"}
     sensitive = {name.split()[0] for name in SENSITIVE}
-    assert arguments == sensitive | NEUTRAL | set(LATER)
-    arguments = set(inspect.signature(flash_attn_varlen_func).parameters) - {"q", "k", "v"}
-    sensitive = {USED.get(name, name) for name in sensitive - PADDED_ONLY}
-    assert arguments == sensitive | NEUTRAL | set(LATER) | DIVIDING | {"block_table"}
+    known = sensitive | set(rules) | NEUTRAL | set(LATER)
+    if function is flash_attn_varlen_func:
+        known |= IGNORED
+        assert arguments == known
+    else:
+        assert arguments == known - {"block_table"}

@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from flash_attn_cuda import flash_attn_func
+from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
 
 LENGTHS = (64, 33, 65, 130)
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -79,6 +79,40 @@ def test_deterministic_reaches_both_passes(argument: bool, setting: bool) -> Non
     finally:
         torch.use_deterministic_algorithms(False)
     assert told == 2 * [argument or setting]
+
+
+def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return flash_attn_func(q, k, v, attn_bias=2 * bias, attn_mask=mask, deterministic=True)
+
+
+def test_rules_in_one_graph_for_all_lengths(device: str) -> None:
+    compiled = torch.compile(_biased, backend="aot_eager", fullgraph=True, dynamic=True)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for seqlen in LENGTHS:
+        q, k, v = (
+            torch.randn(2, seqlen, 2, 16, device=device, dtype=dtype).requires_grad_()
+            for _ in range(3)
+        )
+        bias = torch.randn(2, seqlen, seqlen, device=device).requires_grad_()
+        mask = torch.rand(2, 1, seqlen, seqlen, device=device) < 0.7
+        inputs = (q, k, v, bias)
+        results = [
+            (out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out)))
+            for out in (step(*inputs, mask) for step in (compiled, _biased))
+        ]
+        assert all(map(torch.equal, *results))
+
+
+def test_packed_sequences_in_one_graph_for_all_lengths(device: str) -> None:
+    compiled = torch.compile(
+        flash_attn_varlen_func, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for lengths in ((30, 50, 7), (41, 2, 9), (100, 33, 64)):
+        first_rows = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        x = torch.randn(sum(lengths), 2, 16, device=device, dtype=dtype)
+        arguments = (x, x, x, first_rows, first_rows, max(lengths), max(lengths))
+        assert torch.equal(compiled(*arguments), flash_attn_varlen_func(*arguments))
 
 
 @pytest.mark.slow

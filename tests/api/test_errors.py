@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn_cuda import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn_cuda import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from tests.support.arguments import LATER
 
 
@@ -32,6 +40,7 @@ BAD_SHAPES = [
     ("seqlen of v", (Q, KV, (2, 9, 2, 16)), ValueError, r"v: expected seqlen\w* 8, got 9"),
     ("heads of v", (Q, KV, (2, 8, 4, 16)), ValueError, r"v: expected heads\w* 2, got 4"),
     ("head_dim of k", (Q, (2, 8, 2, 8), KV), ValueError, r"k: expected head_dim 16, got 8"),
+    ("head_dim 0 of v", (Q, KV, (2, 8, 2, 0)), ValueError, r"v: expected head_dim of at least 1"),
     ("3 heads for 4", (Q, (2, 8, 3, 16), (2, 8, 3, 16)), ValueError, r"heads.* 4 .*got 3"),
     ("8 heads for 4", (Q, (2, 8, 8, 16), (2, 8, 8, 16)), ValueError, r"heads.* 4 .*got 8"),
     ("0 heads for 4", (Q, (2, 8, 0, 16), (2, 8, 0, 16)), ValueError, r"heads.* 4 .*got 0"),
@@ -134,22 +143,143 @@ def test_softmax_scale_must_be_finite(device: str, scale: float) -> None:
         flash_attn_func(x, x, x, softmax_scale=scale)
 
 
+CU_SEQLENS = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+
 @pytest.mark.parametrize("name", LATER)
 @pytest.mark.parametrize(
-    ("attention", "shapes"),
+    ("attention", "shapes", "sequences"),
     [
-        (flash_attn_func, (Q, Q, Q)),
-        (flash_attn_qkvpacked_func, ((2, 8, 3, 4, 16),)),
-        (flash_attn_kvpacked_func, (Q, (2, 8, 2, 4, 16))),
+        (flash_attn_func, (Q, Q, Q), 0),
+        (flash_attn_qkvpacked_func, ((2, 8, 3, 4, 16),), 0),
+        (flash_attn_kvpacked_func, (Q, (2, 8, 2, 4, 16)), 0),
+        (flash_attn_varlen_func, ((8, 4, 16),) * 3, 2),
+        (flash_attn_varlen_qkvpacked_func, ((8, 3, 4, 16),), 1),
+        (flash_attn_varlen_kvpacked_func, ((8, 4, 16), (8, 2, 4, 16)), 2),
     ],
-    ids=["plain", "qkvpacked", "kvpacked"],
+    ids=["plain", "qkvpacked", "kvpacked", "varlen", "varlen_qkvpacked", "varlen_kvpacked"],
 )
 def test_an_argument_for_later_is_never_ignored(
-    attention: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], name: str
+    attention: Callable[..., Tensor],
+    shapes: tuple[tuple[int, ...], ...],
+    sequences: int,
+    name: str,
 ) -> None:
+    if name not in inspect.signature(attention).parameters:
+        assert name == "block_table"
+        return
     tensors = [_tensor(*shape) for shape in shapes]
     with pytest.raises(NotImplementedError, match=name):
-        attention(*tensors, **{name: LATER[name]})
+        attention(*tensors, *sequences * [CU_SEQLENS], **{name: LATER[name]})
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_RULES: list[tuple[str, dict[str, object], type[Exception], str]] = [
+    ("attn_bias", {"attn_bias": torch.zeros(3, 8)}, ValueError, r"broadcasts to \(2, 4, 8, 8\)"),
+    ("attn_bias of rank 5", {"attn_bias": torch.zeros(1, 1, 1, 8, 8)}, ValueError, r"broadcasts"),
+    ("attn_bias of int", {"attn_bias": torch.zeros(8, 8).int()}, TypeError, r"got Int"),
+    ("attn_bias of double", {"attn_bias": torch.zeros(8, 8).double()}, TypeError, r"got float64"),
+    ("attn_bias no tensor", {"attn_bias": 1.0}, TypeError, r"torch.Tensor or None, got float"),
+    ("attn_mask of float", {"attn_mask": torch.zeros(8, 8)}, TypeError, r"bool, True .* got Float"),
+    ("attn_mask", {"attn_mask": torch.ones(8, 7).bool()}, ValueError, r"broadcasts .* \(8, 7\)"),
+    (
+        "key_padding_mask",
+        {"key_padding_mask": torch.ones(8, 2).bool()},
+        ValueError,
+        r"expected shape \(2, 8\), got \(8, 2\)",
+    ),
+    (
+        "block_mask",
+        {"block_mask": torch.ones(2, 2).bool()},
+        ValueError,
+        r"broadcasts to \(2, 4, 1, 1\), got \(2, 2\)",
+    ),
+    ("seqlens_q", {"seqlens_q": _int32(8, 9)}, ValueError, r"0 to the 8 rows of sequence 1, got 9"),
+    ("seqlens_k", {"seqlens_k": _int32(-1, 8)}, ValueError, r"rows of sequence 0, got -1"),
+    ("seqlens_k of long", {"seqlens_k": _int32(8, 8).long()}, TypeError, r"int32, got Long"),
+    ("seqlens_q shape", {"seqlens_q": _int32(8)}, ValueError, r"shape \(2,\), got \(1,\)"),
+    (
+        "prefix_lens",
+        {"prefix_lens": _int32(3, -3)},
+        ValueError,
+        r"0 or more keys, got -3 at index 1",
+    ),
+    (
+        "document_ids",
+        {"document_ids": torch.zeros(2, 7, dtype=torch.int32)},
+        ValueError,
+        r"expected shape \(2, 8\), got \(2, 7\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [pytest.param(*rest, id=name) for name, *rest in BAD_RULES],
+)
+def test_rules(arguments: dict[str, object], exception: type[Exception], message: str) -> None:
+    x = _tensor(*Q)
+    with pytest.raises(exception, match=rf"^{next(iter(arguments))}: .*{message}"):
+        flash_attn_func(x, x, x, **arguments)
+
+
+def test_documents_want_as_many_queries_as_keys() -> None:
+    ids = torch.zeros(2, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^document_ids: expected as many .* got 8 and 9"):
+        flash_attn_func(_tensor(*Q), *2 * [_tensor(2, 9, 4, 16)], document_ids=ids)
+
+
+BAD_SEQUENCES: list[tuple[str, dict[str, object], type[Exception], str]] = [
+    (
+        "falling",
+        {"cu_seqlens_q": _int32(0, 5, 3)},
+        ValueError,
+        r"never decrease.* 3 after 5 at .* 2",
+    ),
+    ("past the end", {"cu_seqlens_k": _int32(0, 5, 9)}, ValueError, r"the 8 rows of k, got 9"),
+    ("negative", {"cu_seqlens_q": _int32(-1, 5, 8)}, ValueError, r"from 0 or more .* got -1"),
+    ("of long", {"cu_seqlens_q": _int32(0, 3, 8).long()}, TypeError, r"expected int32, got Long"),
+    ("empty", {"cu_seqlens_q": _int32()}, ValueError, r"shape \(batch \+ 1,\), got \(0,\)"),
+    ("other batch", {"cu_seqlens_k": _int32(0, 8)}, ValueError, r"shape \(3,\), got \(2,\)"),
+    ("none", {"cu_seqlens_q": None}, TypeError, r"torch.Tensor, got NoneType"),
+    ("used", {"seqused_q": _int32(3, 6)}, ValueError, r"0 to the 5 rows of sequence 1, got 6"),
+    ("length", {"max_seqlen_q": 5.5}, TypeError, r"int, a Tensor or None, got 5.5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [pytest.param(*rest, id=name) for name, *rest in BAD_SEQUENCES],
+)
+def test_sequences(arguments: dict[str, object], exception: type[Exception], message: str) -> None:
+    x = _tensor(8, 4, 16)
+    sequences = {"cu_seqlens_q": CU_SEQLENS, "cu_seqlens_k": CU_SEQLENS}
+    with pytest.raises(exception, match=rf"^{next(iter(arguments))}: .*{message}"):
+        flash_attn_varlen_func(x, x, x, **(sequences | arguments))
+
+
+def test_a_bias_must_have_room_for_the_longest_sequence() -> None:
+    x = _tensor(8, 4, 16)
+    with pytest.raises(ValueError, match=r"^attn_bias, .*: expected room for the 5 rows of .* 1"):
+        flash_attn_varlen_func(x, x, x, CU_SEQLENS, CU_SEQLENS, attn_bias=torch.zeros(4, 5))
+
+
+def test_packed_tensors_have_three_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"^q: expected 3 dimensions .* \(2, 8, 4, 16\)"):
+        flash_attn_varlen_func(*3 * [_tensor(*Q)], CU_SEQLENS, CU_SEQLENS)
+
+
+@pytest.mark.gpu
+def test_validation_looks_at_what_cuda_tensors_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _tensor(8, 4, 16, dtype=torch.bfloat16, device="cuda")
+    bad = _int32(0, 5, 3).cuda()
+    flash_attn_varlen_func(x, x, x, bad, bad)  # no error, and no harm
+    monkeypatch.setenv("FLASH_ATTN_CUDA_VALIDATE", "1")
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q: .* never decrease"):
+        flash_attn_varlen_func(x, x, x, bad, bad)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 4, 16), (2, 8, 2, 4, 16)], ids=str)
@@ -229,7 +359,7 @@ def test_bwd_checks_each_tensor(name: str, fault: str) -> None:
     arguments = dict(zip(BWD_ARGUMENTS, (q, lse, q, kv, kv, q, lse), strict=True))
     good = arguments[name]
     arguments[name] = good[..., :-1] if fault == "shape" else good.to(torch.float16)
-    # A wrong q, or v of another head_dim, is told by what no longer fits it.
-    blamed = r"(k|v|dout|out|softmax_lse)" if name in ("q", "v") else name
+    # A wrong q or v is told by what no longer fits it.
+    blamed = {"q": r"(q|k|dout|out|softmax_lse)", "v": r"(v|dout)"}.get(name, name)
     with pytest.raises(RuntimeError, match=rf"^(ValueError|TypeError): {blamed}: expected"):
         torch.ops.flash_attn_cuda.bwd(*arguments.values(), 0.25, -1, -1, False)

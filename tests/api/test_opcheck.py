@@ -36,10 +36,23 @@ BWD_SCHEMA = (
     "Tensor softmax_lse, float? softmax_scale, SymInt window_left, SymInt window_right, "
     "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+GENERAL = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
+    "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? block_mask, "
+    "Tensor? document_ids, Tensor? prefix_lens, float? softmax_scale"
+)
 
 
 def test_schema() -> None:
     ops = torch.ops.flash_attn_cuda
+    fwd_general = FWD_SCHEMA.replace("float? softmax_scale", GENERAL)
+    bwd_general = BWD_SCHEMA.replace("float? softmax_scale", GENERAL)
+    bwd_general = bwd_general.replace("deterministic)", "deterministic, bool needs_dbias)")
+    bwd_general = bwd_general.replace("Tensor dv)", "Tensor dv, Tensor dbias)")
+    for suffix in ("_general", "_general_eager"):
+        fwd, bwd = getattr(ops, f"fwd{suffix}"), getattr(ops, f"bwd{suffix}")
+        assert str(fwd.default._schema) == fwd_general.replace("::fwd", f"::fwd{suffix}")
+        assert str(bwd.default._schema) == bwd_general.replace("::bwd", f"::bwd{suffix}")
     assert str(ops.fwd.default._schema) == FWD_SCHEMA
     assert str(ops.fwd_eager.default._schema) == FWD_SCHEMA.replace("::fwd", "::fwd_eager")
     assert str(ops.bwd.default._schema) == BWD_SCHEMA
@@ -87,6 +100,61 @@ def test_fake_results_have_the_strides_of_real_ones(device: str, case: Case) -> 
         assert traced.shape == computed.shape
         assert traced.stride() == computed.stride()
         assert traced.dtype == computed.dtype
+
+
+# cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, attn_bias, attn_mask, key_padding_mask,
+# block_mask, document_ids, prefix_lens; of 2 sequences of 40 rows.
+def _int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+GENERAL_TENSORS = {
+    "plain": (None,) * 10,
+    "lengths": (None, None, _int32(30, 0), _int32(40, 7), *(None,) * 6),
+    "bias": (*(None,) * 4, torch.randn(2, 40, 40), *(None,) * 5),
+    "masks": (
+        *(None,) * 5,
+        torch.ones(40, 40, dtype=torch.bool).tril(),
+        torch.ones(2, 40, dtype=torch.bool),
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.zeros(2, 40, dtype=torch.int32),
+        _int32(3, 0),
+    ),
+    "packed": (_int32(0, 13, 40), _int32(0, 0, 40), *(None,) * 8),
+    "packed bias": (
+        *(_int32(0, 13, 40), _int32(0, 20, 40), None, _int32(20, 3)),
+        *(torch.randn(2, 1, 40, 1), *(None,) * 4, _int32(5, 6)),
+    ),
+}
+
+
+def _general_arguments(name: str, device: str) -> tuple[list[torch.Tensor], list[object]]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    batch = 1 if name.startswith("packed") else 2
+    qkv = [
+        torch.randn(batch, 40, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for head_dim in (16, 16, 24)
+    ]
+    tensors = [None if x is None else x.to(device) for x in GENERAL_TENSORS[name]]
+    if tensors[4] is not None:
+        tensors[4] = tensors[4].clone().requires_grad_()
+    return qkv, [*tensors, 0.3, -1, 5, True]
+
+
+@pytest.mark.parametrize("name", GENERAL_TENSORS)
+def test_fwd_general(device: str, name: str) -> None:
+    qkv, options = _general_arguments(name, device)
+    torch.library.opcheck(torch.ops.flash_attn_cuda.fwd_general.default, (*qkv, *options))
+
+
+@pytest.mark.parametrize("needs_dbias", [False, True])
+@pytest.mark.parametrize("name", GENERAL_TENSORS)
+def test_bwd_general(device: str, name: str, needs_dbias: bool) -> None:
+    qkv, options = _general_arguments(name, device)
+    out, lse = torch.ops.flash_attn_cuda.fwd_general(*qkv, *options)
+    arguments = (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, *options)
+    arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    torch.library.opcheck(torch.ops.flash_attn_cuda.bwd_general.default, (*arguments, needs_dbias))
 
 
 def _options(case: Case) -> tuple[float, int, int, bool]:

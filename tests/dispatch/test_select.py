@@ -33,6 +33,7 @@ def decide(**changes: Any) -> dict[str, Any]:
         "seqlen_k": 1000,
         "window_left": -1,
         "window_right": -1,
+        "general_scores": False,
         "on_cuda": True,
         "compute_capability": CAPABILITIES[0] if CAPABILITIES else 0,
         "smem_opt_in": 227 * 1024,
@@ -178,13 +179,15 @@ def test_reasons_name_every_row_of_the_pass() -> None:
     rows = {row["name"] for row in _C.kernel_table() if row["pass"] == "fwd"}
     assert set(decision["reasons"]) == rows
     assert decision["reasons"][decision["kernel"]] == "runs"
-    assert decision["reasons"]["flash_fwd_cpu_float32_d512_window_64x64"] == (
+    assert decision["reasons"]["flash_fwd_cpu_float32_d512_window_general_64x64"] == (
         "for float32, not bfloat16"
     )
 
 
 def test_the_table_tells_how_a_row_is_tiled() -> None:
-    fields = "name family pass dtype head_dim mask tile_m tile_n warps blocks smem_bytes built"
+    fields = (
+        "name family pass dtype head_dim mask score tile_m tile_n warps blocks smem_bytes built"
+    )
     for row in _C.kernel_table():
         assert set(row) == set(fields.split())
         assert row["name"].endswith(f"_{row['tile_m']}x{row['tile_n']}")

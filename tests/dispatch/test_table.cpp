@@ -30,6 +30,7 @@ struct Choice {
   Dtype dtype;
   int head_dim;
   bool full_mask;
+  ScoreMode score;
   int64_t smem_opt_in;
 };
 
@@ -39,7 +40,8 @@ int first_row(const Choice& choice) {
     const KernelConfig& config = kRows[row];
     if (config.family == choice.family && config.pass == choice.pass &&
         config.dtype == choice.dtype && config.head_dim >= choice.head_dim &&
-        (config.mask == kWindow || choice.full_mask) && config.fits(choice.smem_opt_in)) {
+        (config.mask == kWindow || choice.full_mask) &&
+        (config.score == kGeneral || choice.score == kPlain) && config.fits(choice.smem_opt_in)) {
       return row;
     }
   }
@@ -52,7 +54,8 @@ void check_choices() {
   const auto check = [&chosen](const Choice& choice) {
     const int row = first_row(choice);
     FA_EXPECT(row < kNumRows, name_of(choice.family), name_of(choice.pass), name_of(choice.dtype),
-              "head_dim", choice.head_dim, "full", choice.full_mask, "on", choice.smem_opt_in);
+              "head_dim", choice.head_dim, "full", choice.full_mask, name_of(choice.score), "on",
+              choice.smem_opt_in);
     if (row < kNumRows) {
       chosen[row] = true;
     }
@@ -60,16 +63,18 @@ void check_choices() {
   for (const Pass pass : {kForward, kBackward}) {
     for (int head_dim = 1; head_dim <= kLargestHeadDim; ++head_dim) {
       for (const bool full_mask : {false, true}) {
-        for (const int64_t smem_opt_in : kSmemOptIns) {
-          check({kSm80, pass, kBFloat16, head_dim, full_mask, smem_opt_in});
-          check({kSm80, pass, kFloat16, head_dim, full_mask, smem_opt_in});
+        for (const ScoreMode score : {kPlain, kGeneral}) {
+          for (const int64_t smem_opt_in : kSmemOptIns) {
+            check({kSm80, pass, kBFloat16, head_dim, full_mask, score, smem_opt_in});
+            check({kSm80, pass, kFloat16, head_dim, full_mask, score, smem_opt_in});
+          }
+          for (const Dtype dtype : {kFloat64, kFloat32, kFloat16, kBFloat16}) {
+            check({kCpu, pass, dtype, head_dim, full_mask, score, 0});
+          }
         }
         if (head_dim <= kLargestHeadDimOfHopper) {
-          check({kSm90, pass, kBFloat16, head_dim, full_mask, kSmemOptIns[2]});
-          check({kSm90, pass, kFloat16, head_dim, full_mask, kSmemOptIns[2]});
-        }
-        for (const Dtype dtype : {kFloat64, kFloat32, kFloat16, kBFloat16}) {
-          check({kCpu, pass, dtype, head_dim, full_mask, 0});
+          check({kSm90, pass, kBFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
+          check({kSm90, pass, kFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
         }
       }
     }
@@ -97,13 +102,15 @@ void check_each_row() {
     FA_EXPECT(row.dtype == kFloat16 || row.dtype == kBFloat16, name);
   }
   FA_EXPECT_EQ(static_cast<int>(names.size()), kNumRows);
-  FA_EXPECT_EQ((KernelConfig{kSm80, kBackward, kFloat16, 96, kWindow, 64, 128, 8, 1}.name()),
-               "flash_bwd_sm80_float16_d96_window_64x128");
+  KernelConfig row = {kSm80, kBackward, kFloat16, 96, kWindow, kPlain, 64, 128, 8, 1};
+  FA_EXPECT_EQ(row.name(), "flash_bwd_sm80_float16_d96_window_64x128");
+  row.score = kGeneral;
+  FA_EXPECT_EQ(row.name(), "flash_bwd_sm80_float16_d96_window_general_64x128");
 }
 
 // Two blocks that take half of a multiprocessor each; a byte more and there is room for one.
 void check_fits() {
-  KernelConfig row = {kSm80, kForward, kBFloat16, 64, kWindow, 128, 64, 4, 1};
+  KernelConfig row = {kSm80, kForward, kBFloat16, 64, kWindow, kPlain, 128, 64, 4, 1};
   const int64_t bytes = row.smem_bytes();
   FA_EXPECT_EQ(bytes, (128 + 4 * 64) * 64 * 2);
   FA_EXPECT(row.fits(bytes) && !row.fits(bytes - 1));

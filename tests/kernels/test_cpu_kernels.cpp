@@ -53,6 +53,13 @@ Matrix zeros_like(const Tensor& tensor, const Exists& exists) {
   return result;
 }
 
+// All elements, as (batch, seqlen, heads, head_dim).
+Matrix values_of(const Tensor& tensor) {
+  Matrix result;
+  tensor.for_each([&](int b, int r, int h, int c) { result.push_back(tensor.at(b, r, h, c)); });
+  return result;
+}
+
 // The gradient of a bias; what lies between its elements is NaN.
 void compare_dbias(Problem& problem, const Matrix& expected, double relative, double absolute) {
   const Dtype dtype = problem.c.rules.bias_dtype;
@@ -73,6 +80,8 @@ void compare_with_reference(Problem& problem) {
   const bool with_dlse = problem.with_dlse;
   const auto is_query = [&c](int b, int row) { return c.holds_query(b, row); };
   const auto is_key = [&c](int b, int row) { return c.holds_key(b, row); };
+  const Matrix q = values_of(problem.q), k = values_of(problem.k), v = values_of(problem.v);
+  const Matrix dout = values_of(problem.dout);
   Matrix out_wanted = zeros_like(problem.out, is_query);
   Matrix dq_wanted = zeros_like(problem.dq, is_query);
   Matrix dk_wanted = zeros_like(problem.dk, is_key);
@@ -101,19 +110,19 @@ void compare_with_reference(Problem& problem) {
     for (int h = 0; h < heads; ++h) {
       const int h_kv = h / c.shape.group_size();
       for (int i = 0; i < queries.length; ++i) {
-        const int query = queries.begin + i;
+        const int64_t q_row = row_of(h, i);
         Matrix p(keys.length), dp(keys.length);
         double maximum = -kInfinity;
         for (int j = 0; j < keys.length; ++j) {
-          const int key = keys.begin + j;
+          const int64_t k_row = key_row_of(h_kv, j);
           p[j] = -kInfinity;
           if (problem.rules.sees(b, h, i, j)) {
             double dot = 0;
             for (int x = 0; x < d; ++x) {
-              dot += problem.q.at(b_q, query, h, x) * problem.k.at(b_k, key, h_kv, x);
+              dot += q[q_row * d + x] * k[k_row * d + x];
             }
             for (int x = 0; x < d_v; ++x) {
-              dp[j] += problem.dout.at(b_q, query, h, x) * problem.v.at(b_k, key, h_kv, x);
+              dp[j] += dout[q_row * d_v + x] * v[k_row * d_v + x];
             }
             p[j] = dot * c.softmax_scale() + problem.rules.bias_at(b, h, i, j);
             maximum = std::max(maximum, p[j]);
@@ -124,7 +133,7 @@ void compare_with_reference(Problem& problem) {
           score = score == -kInfinity ? 0 : std::exp(score - maximum);
           sum += score;
         }
-        const int64_t row = problem.first_row(b, h) + query;
+        const int64_t row = problem.first_row(b, h) + queries.begin + i;
         const double lse_wanted = sum == 0 ? -kInfinity : maximum + std::log(sum);
         const double lse_got = problem.read_statistic(problem.lse, row);
         require(lse_got == lse_wanted || std::abs(lse_got - lse_wanted) <= score_noise,
@@ -135,21 +144,19 @@ void compare_with_reference(Problem& problem) {
           p[j] = sum == 0 ? 0 : p[j] / sum;
           delta_wanted += p[j] * dp[j];
         }
-        const int64_t q_row = row_of(h, i);
         for (int j = 0; j < keys.length; ++j) {
           if (p[j] == 0) {
             continue;
           }
-          const int key = keys.begin + j;
           const double ds = p[j] * (dp[j] - delta_wanted);
           const int64_t k_row = key_row_of(h_kv, j);
           for (int x = 0; x < d; ++x) {
-            dq_wanted[q_row * d + x] += ds * c.softmax_scale() * problem.k.at(b_k, key, h_kv, x);
-            dk_wanted[k_row * d + x] += ds * c.softmax_scale() * problem.q.at(b_q, query, h, x);
+            dq_wanted[q_row * d + x] += ds * c.softmax_scale() * k[k_row * d + x];
+            dk_wanted[k_row * d + x] += ds * c.softmax_scale() * q[q_row * d + x];
           }
           for (int x = 0; x < d_v; ++x) {
-            out_wanted[q_row * d_v + x] += p[j] * problem.v.at(b_k, key, h_kv, x);
-            dv_wanted[k_row * d_v + x] += p[j] * problem.dout.at(b_q, query, h, x);
+            out_wanted[q_row * d_v + x] += p[j] * v[k_row * d_v + x];
+            dv_wanted[k_row * d_v + x] += p[j] * dout[q_row * d_v + x];
           }
           if (!dbias_wanted.empty()) {
             dbias_wanted[dbias.index(b, h, i, j)] += ds;
@@ -284,7 +291,7 @@ std::vector<Case> rules_cases() {
   std::vector<Case> cases;
   for (const int heads_kv : {1, 4}) {
     for (int axes = 0; axes <= kAllAxes; ++axes) {
-      cases.push_back({.shape = {4, 4, heads_kv, 70, 131, 5, 9},
+      cases.push_back({.shape = {4, heads_kv == 1 ? 2 : 4, heads_kv, 70, 131, 5, 9},
                        .right = axes % 3 == 0 ? 0 : -1,
                        .rules = {.bias = axes,
                                  .bias_dtype = kDtypes[(axes + axes / 4) % 4],
@@ -297,7 +304,7 @@ std::vector<Case> rules_cases() {
         {.padding = kHeadAxis | kQueryAxis},
         {.blocks = kHeadAxis | kQueryAxis | kKeyAxis},
         {.blocks = kBatchAxis | kKeyAxis},
-        {.document_length = 70},
+        {.document_length = 60},
         {.document_distance = 3},
         {.prefix_lens = {100, 0, 1000, -5}},
         {.bias = kHeadAxis | kQueryAxis | kKeyAxis, .mask = kAllAxes, .padding = kKeyAxis},
@@ -309,20 +316,21 @@ std::vector<Case> rules_cases() {
          .prefix_lens = {3, 64, 1000, 0},
          .document_length = 90},
     };
-    int index = 0;
+    const std::pair<int, int> windows[] = {{-1, -1}, {-1, 0}, {70, 3}};
+    int index = heads_kv;
     for (const RulesCase& rule : rules) {
-      const std::pair<int, int> windows[] = {{-1, -1}, {-1, 0}, {70, 3}};
-      for (const auto& [left, right] : windows) {
-        cases.push_back({.shape = {4, 4, heads_kv, 150, 270, 8, 3},
-                         .left = left,
-                         .right = right,
-                         .layout = ++index % 2 == 0 ? Layout::kPadded : Layout::kContiguous,
-                         .rules = rule});
-      }
+      const auto& [left, right] = windows[++index % 3];
+      const int heads = heads_kv == 1 ? 2 : 4;
+      cases.push_back({.shape = {4, heads, heads_kv, 150, 200, 5, 3},
+                       .left = left,
+                       .right = right,
+                       .layout = index % 2 == 0 ? Layout::kPadded : Layout::kContiguous,
+                       .rules = rule});
       Case packed = cases.back();
       packed.left = -1;
+      packed.right = index % 2 - 1;
       packed.queries = {.cu_seqlens = {0, 70, 70, 71, 221}, .foreign_rows = 5};
-      packed.keys = {.cu_seqlens = {3, 100, 130, 130, 290}, .seqused = {97, 2, 0, 140}};
+      packed.keys = {.cu_seqlens = {3, 100, 130, 130, 330}, .seqused = {97, 2, 0, 140}};
       cases.push_back(packed);
     }
   }

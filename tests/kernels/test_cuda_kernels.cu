@@ -99,14 +99,15 @@ constexpr double kLargest = 15;
 
 template <typename T>
 void compare(const KernelConfig& config, const Case& test, const std::string& name,
-             const DeviceTensor<T>& actual, const std::vector<double>& expected, double bound) {
+             const DeviceTensor<T>& actual, const std::vector<double>& expected, int cols,
+             double bound) {
   ++g_checks;
   const std::vector<T> downloaded = actual.download();
   std::vector<double> values(expected.size());
   for (size_t i = 0; i < expected.size(); ++i) {
     values[i] = static_cast<float>(downloaded[actual.placement().elements[i]]);
   }
-  const Errors errors = errors_of(values, expected, test.shape.head_dim);
+  const Errors errors = errors_of(values, expected, cols);
   if (!(errors.typical < bound && errors.largest < kLargest * bound)) {
     fail(config, test,
          concat(name, " has relative error ", errors.typical, ", at worst ", errors.largest));
@@ -134,18 +135,26 @@ void compare_lse(const KernelConfig& config, const Case& test, const DeviceTenso
   }
 }
 
+constexpr double kBFloat16Bound = 1e-2;
+
 double bound_of(const KernelConfig& config) {
-  return config.dtype == Dtype::kBFloat16 ? 1e-2 : 2e-3;
+  return config.dtype == Dtype::kBFloat16 ? kBFloat16Bound : 2e-3;
 }
 
 template <typename Element>
 void run_forward(int row, const Problem<Element>& problem) {
   const KernelConfig& config = table::kRows[row];
-  DeviceTensor<Element> out(problem.of_queries);
+  DeviceTensor<Element> out(problem.of_out);
   DeviceTensor<float> lse(problem.of_statistics);
-  registry().kernels[row].forward(problem.forward(out, lse), {});
+  const DeviceTileMap map(problem.shape, problem.queries, problem.rules.view(), config.tile_m,
+                          config.tile_n);
+  registry().kernels[row].forward(problem.forward(out, lse, map.view()), {});
   wait_for(config, problem.test);
-  compare(config, problem.test, "out", out, problem.expected.out, bound_of(config));
+  compare(config, problem.test, "out", out, problem.expected.out, problem.shape.head_dim_v,
+          bound_of(config));
+  if (!map.guards_hold()) {
+    fail(config, problem.test, "tile map: wrote outside");
+  }
   compare_lse(config, problem.test, lse, problem.expected.lse);
 }
 
@@ -160,15 +169,20 @@ class BackwardTest {
   BackwardTest(int row, const Problem<Element>& problem)
       : row_(row),
         problem_(problem),
-        dq_(problem.of_queries),
-        dk_(problem.of_keys),
-        dv_(problem.of_keys) {}
+        dq_(problem.of_q),
+        dk_(problem.of_k),
+        dv_(problem.of_v),
+        dbias_(problem.host_rules.bias_entries().count * problem.rules.bytes_of_bias()) {}
 
   void run() {
     run_pass(false);
     const std::vector<Element> dk = dk_.download();
     const std::vector<Element> dv = dv_.download();
+    const std::vector<uint8_t> dbias = dbias_.download();
     run_pass(true);
+    if (!same_bits(dbias, dbias_.download())) {
+      fail(config(), test(), "dbias depends on the order of dq");
+    }
     if (!same_bits(dk, dk_.download()) || !same_bits(dv, dv_.download())) {
       fail(config(), test(), "dk or dv depends on the order of dq");
     }
@@ -179,7 +193,7 @@ class BackwardTest {
   const Case& test() const { return problem_.test; }
 
   void run_pass(bool deterministic) {
-    const Shape& shape = test().shape;
+    const Shape& shape = problem_.shape;
     const int64_t tiles = problem_.queries.tiles(shape.seqlen_q, config().tile_m);
     const int64_t floats = BwdWorkspace::floats(shape.num_heads * tiles, config().tile_m,
                                                 config().head_dim, deterministic);
@@ -193,13 +207,19 @@ class BackwardTest {
     DeviceArray<float> memory(floats);
     const auto workspace = BwdWorkspace::in(memory.data(), shape.num_heads, tiles, config().tile_m,
                                             config().head_dim, deterministic);
-    const BwdParams params = problem_.backward(dq_, dk_, dv_, workspace);
+    const DeviceTileMap map(shape, problem_.queries, problem_.rules.view(), config().tile_m,
+                            config().tile_n);
+    const ScoreTensor dbias =
+        test().rules.bias ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
+                          : ScoreTensor{};
+    const BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
     std::vector<Element> dq;
     for (int repeat = 0; repeat < (deterministic ? test().repeats : 1); ++repeat) {
       memory.poison();
       for (DeviceTensor<Element>* gradient : {&dq_, &dk_, &dv_}) {
         gradient->poison();
       }
+      clear_dbias();
       registry().kernels[row_].backward(params, {});
       wait_for(config(), test());
       const std::vector<Element> repeated = dq_.download();
@@ -211,17 +231,61 @@ class BackwardTest {
     const std::string mode = deterministic ? " (deterministic)" : "";
     const double bound = bound_of(config()) * test().gradient_slack;
     const Reference& expected = problem_.expected;
-    compare(config(), test(), "dq" + mode, dq_, expected.dq, bound);
-    compare(config(), test(), "dk" + mode, dk_, expected.dk, bound);
-    compare(config(), test(), "dv" + mode, dv_, expected.dv, bound);
-    if (!memory.guards_hold()) {
+    compare(config(), test(), "dq" + mode, dq_, expected.dq, shape.head_dim, bound);
+    compare(config(), test(), "dk" + mode, dk_, expected.dk, shape.head_dim, bound);
+    compare(config(), test(), "dv" + mode, dv_, expected.dv, shape.head_dim_v, bound);
+    compare_dbias(mode, bound);
+    if (!memory.guards_hold() || !map.guards_hold()) {
       fail(config(), test(), "workspace" + mode + ": wrote outside");
     }
   }
 
+  // Zero where the bias has entries, poison in the gaps.
+  void clear_dbias() {
+    if (test().rules.bias) {
+      dbias_.upload(problem_.rules.bytes_of(std::vector<double>(entries().size()), entries()));
+    }
+  }
+
+  void compare_dbias(const std::string& mode, double bound) {
+    if (!test().rules.bias) {
+      return;
+    }
+    ++g_checks;
+    const size_t size = problem_.rules.bytes_of_bias();
+    const std::vector<uint8_t> bytes = dbias_.download();
+    std::vector<double> actual;
+    std::vector<double> expected;
+    bool gaps_hold = dbias_.guards_hold();
+    for (size_t i = 0; i < entries().size(); ++i) {
+      const uint8_t* entry = &bytes[i * size];
+      if (entries()[i]) {
+        actual.push_back(problem_.rules.number_of(entry));
+        expected.push_back(problem_.expected.dbias[i]);
+      } else {
+        gaps_hold &= std::all_of(entry, entry + size, [](int byte) { return byte == kPoison; });
+      }
+    }
+    if (problem_.rules.dtype_of_bias() == Dtype::kBFloat16) {
+      bound = std::max(bound, kBFloat16Bound);
+    }
+    const Errors errors = errors_of(actual, expected, 1);
+    if (!(errors.typical < bound && errors.largest < kLargest * bound)) {
+      fail(config(), test(),
+           concat("dbias", mode, " has relative error ", errors.typical, ", at worst ",
+                  errors.largest));
+    }
+    if (!gaps_hold) {
+      fail(config(), test(), "dbias" + mode + ": wrote outside");
+    }
+  }
+
+  const std::vector<bool>& entries() const { return problem_.bias_entries; }
+
   int row_;
   const Problem<Element>& problem_;
   DeviceTensor<Element> dq_, dk_, dv_;
+  DeviceArray<uint8_t> dbias_;
 };
 
 // Which rows are to be tested.
@@ -269,8 +333,12 @@ std::vector<int> head_dims() {
 bool runs(const KernelConfig& config, const Case& test) {
   const Shape& shape = test.shape;
   const std::vector<int> all = head_dims();
-  const auto nearest = std::lower_bound(all.begin(), all.end(), shape.head_dim);
+  const int head_dim = std::max(shape.head_dim, shape.head_dim_v);
+  const auto nearest = std::lower_bound(all.begin(), all.end(), head_dim);
   const bool full = (test.left < 0 && test.right < 0);
+  if (config.score == ScoreMode::kPlain && test.rules.any()) {
+    return false;
+  }
   return nearest != all.end() && (config.mask == MaskMode::kWindow || full) &&
          (test.every_row ? config.head_dim >= *nearest : config.head_dim == *nearest);
 }
@@ -300,8 +368,10 @@ void run_case(const std::vector<int>& rows, const Case& test) {
 
 void run_case(const std::vector<int>& rows, Case test) {
   const bool of_row = test.shape.head_dim == kOfRow;
+  const int head_dim_v = test.shape.head_dim_v;
   for (const int head_dim : of_row ? head_dims() : std::vector<int>{test.shape.head_dim}) {
     test.shape.head_dim = head_dim;
+    test.shape.head_dim_v = head_dim_v == 0 ? head_dim : head_dim_v;
     run_case<__nv_bfloat16>(rows, test);
     run_case<__half>(rows, test);
   }

@@ -9,6 +9,7 @@ LATER: dict[str, object] = {
     "dropout_p": 0.1,
     "softcap": 30.0,
     "alibi_slopes": torch.ones(4),
+    "block_table": torch.zeros(2, 1, dtype=torch.int32),
     "sinks": torch.zeros(4),
     "return_max_logit": True,
     "generator": torch.Generator(),

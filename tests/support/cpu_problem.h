@@ -354,13 +354,22 @@ class Rules {
       }
     }
     std::uniform_real_distribution<double> uniform(-2, 2);
-    for_each_pair([&](int b, int h, int i, int j) {
-      unsigned char* element =
-          bias.bytes.data() + bias.index(b, h, i, j) * size_of(c.rules.bias_dtype);
-      if (!bias.bytes.empty() && sees(b, h, i, j) && std::isnan(bias_at(b, h, i, j))) {
-        write(c.rules.bias_dtype, element, random() % 16 == 0 ? -kInfinity : uniform(random));
+    for (int b = 0; !bias.bytes.empty() && b < c.shape.batch; ++b) {
+      const int seqlen_q = c.queries.sequences().at(b, c.shape.seqlen_q).length;
+      const int seqlen_k = c.keys.sequences().at(b, c.shape.seqlen_k).length;
+      for (int h = 0; h < c.shape.num_heads; ++h) {
+        for (int i = 0; i < seqlen_q; ++i) {
+          for (int j = 0; j < seqlen_k; ++j) {
+            if (sees(b, h, i, j) && std::isnan(bias_at(b, h, i, j))) {
+              const double value = random() % 16 == 0 ? -kInfinity : uniform(random);
+              write(c.rules.bias_dtype,
+                    bias.bytes.data() + bias.index(b, h, i, j) * size_of(c.rules.bias_dtype),
+                    value);
+            }
+          }
+        }
       }
-    });
+    }
   }
   Rules(const Rules&) = delete;
 
@@ -389,21 +398,6 @@ class Rules {
     return bias.bytes.empty()
                ? 0
                : read(dtype, bias.bytes.data() + bias.index(b, h, i, j) * size_of(dtype));
-  }
-
-  template <typename Visitor>
-  void for_each_pair(Visitor visit) const {
-    for (int b = 0; b < c_.shape.batch; ++b) {
-      const int seqlen_q = c_.queries.sequences().at(b, c_.shape.seqlen_q).length;
-      const int seqlen_k = c_.keys.sequences().at(b, c_.shape.seqlen_k).length;
-      for (int h = 0; h < c_.shape.num_heads; ++h) {
-        for (int i = 0; i < seqlen_q; ++i) {
-          for (int j = 0; j < seqlen_k; ++j) {
-            visit(b, h, i, j);
-          }
-        }
-      }
-    }
   }
 
   ScoreRules given() {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/params.h"
+#include "tests/support/cuda_rules.h"
 
 namespace fa::test {
 
@@ -18,7 +19,7 @@ inline constexpr int kOfRow = 0;
 
 struct Case {
   const char* name;
-  Shape shape;  // lengths of the longest sequences where they differ
+  Shape shape;  // lengths of the longest sequences where they differ; head_dim_v 0: as head_dim
   int left = -1;
   int right = -1;
   Layout layout = Layout::kPadded;
@@ -31,9 +32,11 @@ struct Case {
   std::vector<int> lengths_k = {};
   std::vector<int> used_q = {};  // how many rows of each sequence count
   std::vector<int> used_k = {};
-  bool every_row = false;  // and not only the rows whose head_dim is the least that fits
-  bool small = false;      // among those that a slow checker runs
-  int repeats = 1;         // of the deterministic pass, which must give the same bits
+  RuleSpec rules = {};
+  bool total_lengths = false;  // kernels are told all rows of packed tensors as lengths
+  bool every_row = false;      // and not only the rows whose head_dim is the least that fits
+  bool small = false;          // among those that a slow checker runs
+  int repeats = 1;             // of the deterministic pass, which must give the same bits
 
   double softmax_scale() const { return scale.value_or(1.0 / std::sqrt(shape.head_dim)); }
 };
@@ -205,10 +208,147 @@ inline std::vector<Case> variable_length_cases() {
   };
 }
 
-inline std::vector<Case> all_cases() {
-  std::vector<Case> cases = fixed_length_cases();
+// Values have a head_dim of their own.
+inline std::vector<Case> head_dim_v_cases() {
+  return {
+      {.name = "d64 v40", .shape = {2, 4, 2, 130, 200, 64, 40}, .right = 0, .small = true},
+      {.name = "d40 v64", .shape = {2, 4, 2, 65, 129, 40, 64}, .dlse = true, .every_row = true},
+      {.name = "d96 v128", .shape = {1, 4, 2, 130, 200, 96, 128}, .right = 0},
+      {.name = "d192 v128", .shape = {1, 4, 2, 130, 200, 192, 128}, .right = 0, .repeats = 20},
+      {.name = "d8 v256", .shape = {1, 2, 1, 70, 90, 8, 256}, .layout = Layout::kHeadsFirst},
+      {.name = "d512 v8", .shape = {1, 2, 1, 70, 90, 512, 8}},
+      {.name = "packed, d64 v128",
+       .shape = {4, 4, 2, 200, 200, 64, 128},
+       .right = 0,
+       .lengths_q = {64, 200, 0, 65},
+       .lengths_k = {200, 63, 1, 130}},
+  };
+}
+
+inline std::vector<Case> rule_cases() {
+  constexpr Broadcast kOneMatrix = {.batch = true, .head = true};
+  const std::vector<Case> cases = {
+      {.name = "bias, small",
+       .shape = {2, 2, 1, 33, 70, kOfRow},
+       .right = 0,
+       .rules = {.bias = BiasSpec{}},
+       .small = true},
+      {.name = "bias",
+       .shape = {2, 4, 2, 130, 200, kOfRow},
+       .dlse = true,
+       .rules = {.bias = BiasSpec{.minus_infinity = 0.2}},
+       .repeats = 5},
+      {.name = "bias of one matrix, bfloat16",
+       .shape = {3, 4, 2, 130, 200, kOfRow},
+       .left = 60,
+       .right = 10,
+       .rules = {.bias = BiasSpec{kOneMatrix, Dtype::kBFloat16}}},
+      {.name = "bias of heads, float16, queries last",
+       .shape = {3, 4, 1, 130, 200, 64},
+       .rules = {.bias = BiasSpec{{.batch = true}, Dtype::kFloat16, true}}},
+      {.name = "bias of keys",
+       .shape = {2, 4, 2, 150, 170, 64},
+       .right = 0,
+       .rules = {.bias = BiasSpec{{.head = true, .query = true}}}},
+      {.name = "bias of queries",
+       .shape = {2, 2, 2, 150, 170, 128},
+       .dlse = true,  // else the gradient is no more than rounding errors
+       .rules = {.bias = BiasSpec{{.batch = true, .key = true}}}},
+      {.name = "bias of all",
+       .shape = {2, 2, 2, 70, 90, 64},
+       .dlse = true,  // else the gradient is no more than rounding errors
+       .rules = {.bias = BiasSpec{{true, true, true, true}}}},
+      {.name = "bias, negative scale",
+       .shape = {1, 2, 2, 70, 90, kOfRow},
+       .scale = -0.2,
+       .rules = {.bias = BiasSpec{}}},
+      {.name = "bias, zero scale",
+       .shape = {1, 2, 2, 70, 90, kOfRow},
+       .right = 0,
+       .scale = 0.0,
+       .rules = {.bias = BiasSpec{}}},
+      {.name = "mask, small",
+       .shape = {2, 2, 1, 40, 70, kOfRow},
+       .rules = {.masks = {{}}},
+       .small = true},
+      {.name = "mask of one matrix in large squares",
+       .shape = {2, 4, 2, 300, 700, kOfRow},
+       .dlse = true,
+       .rules = {.masks = {{.over = kOneMatrix, .grain = 128, .keep = 0.4}}},
+       .repeats = 20},
+      {.name = "mask of heads in squares, causal",
+       .shape = {1, 4, 2, 300, 400, kOfRow},
+       .right = 0,
+       .rules = {.masks = {{.over = {.batch = true}, .grain = 32, .keep = 0.5}}},
+       .repeats = 20},
+      {.name = "masks of keys, of queries and of blocks, queries last",
+       .shape = {2, 2, 1, 270, 300, 64},
+       .rules = {.masks = {{.over = {.head = true, .query = true}},
+                           {.over = {.batch = true, .key = true}},
+                           {.block_log2 = 7, .queries_last = true}}}},
+      {.name = "mask hides all",
+       .shape = {1, 2, 1, 70, 90, kOfRow},
+       .rules = {.masks = {{.keep = 0.0}}}},
+      {.name = "documents",
+       .shape = {2, 4, 2, 400, 400, kOfRow},
+       .right = 0,
+       .rules = {.documents = 5},
+       .repeats = 20},
+      {.name = "documents, small",
+       .shape = {2, 2, 1, 40, 40, 64},
+       .rules = {.documents = 3},
+       .small = true},
+      {.name = "prefix",
+       .shape = {4, 4, 2, 200, 300, kOfRow},
+       .left = 30,
+       .right = 0,
+       .rules = {.prefix_lens = {0, 70, 1, 1000}},
+       .repeats = 20},
+      {.name = "bias, mask, documents and prefix",
+       .shape = {2, 4, 2, 300, 300, kOfRow, 64},
+       .left = 100,
+       .right = 0,
+       .dlse = true,
+       .rules = {.bias = BiasSpec{.over = {.head = true}},
+                 .masks = {{.over = kOneMatrix, .grain = 20}},
+                 .documents = 2,
+                 .prefix_lens = {90, 20}},
+       .repeats = 5},
+      {.name = "packed, bias and mask",
+       .shape = {5, 4, 2, 200, 200, kOfRow},
+       .right = 0,
+       .lengths_q = {64, 200, 0, 65, 1},
+       .lengths_k = {200, 63, 1, 130, 0},
+       .rules = {.bias = BiasSpec{.over = {.head = true}},
+                 .masks = {{.over = {.batch = true}, .grain = 64, .keep = 0.5}}},
+       .repeats = 5},
+      {.name = "used, bias of one matrix",
+       .shape = {4, 4, 2, 200, 200, 64},
+       .right = 0,
+       .used_q = {0, 63, 129, 200},
+       .used_k = {70, 200, 64, 1},
+       .rules = {.bias = BiasSpec{.over = kOneMatrix}, .prefix_lens = {3, 100, 70, 1}}},
+  };
+  return cases;
+}
+
+// The same packed sequences where nobody says how long the longest is.
+inline std::vector<Case> total_length_cases() {
+  std::vector<Case> cases;
   for (const Case& test : variable_length_cases()) {
-    cases.push_back(test);
+    if (!test.lengths_q.empty() || !test.lengths_k.empty()) {
+      cases.push_back(test);
+      cases.back().total_lengths = true;
+    }
+  }
+  return cases;
+}
+
+inline std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  for (const std::vector<Case>& some : {fixed_length_cases(), variable_length_cases(),
+                                        total_length_cases(), head_dim_v_cases(), rule_cases()}) {
+    cases.insert(cases.end(), some.begin(), some.end());
   }
   return cases;
 }

@@ -3,9 +3,14 @@
 // in inputs so that it matters to read it, in outputs so that it shows where it was written.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -209,6 +214,117 @@ std::vector<double> random_elements(std::mt19937& generator, size_t count, float
   return values;
 }
 
+// Rules on the device. Memory of a bias that no seen pair has is poison.
+class DeviceRules {
+ public:
+  DeviceRules(const HostRules& rules, const std::vector<bool>& bias_seen)
+      : rules_(rules),
+        bias_(rules.bias_entries().count * bytes_of_bias()),
+        ids_(static_cast<int64_t>(rules.ids().size())),
+        prefix_lens_(static_cast<int64_t>(rules.spec().prefix_lens.size())) {
+    if (rules.spec().bias) {
+      bias_.upload(bytes_of(rules.bias(), bias_seen));
+    }
+    for (const HostRules::Mask& mask : rules.masks()) {
+      masks_.push_back(std::make_unique<DeviceArray<uint8_t>>(mask.entries.count));
+      masks_.back()->upload(mask.bytes);
+    }
+    ids_.upload(rules.ids());
+    prefix_lens_.upload({rules.spec().prefix_lens.begin(), rules.spec().prefix_lens.end()});
+  }
+
+  ScoreRules view() const {
+    ScoreRules view;
+    if (rules_.spec().bias) {
+      view.bias = tensor(rules_.bias_entries(), bias_.data());
+      view.bias_dtype = rules_.spec().bias->dtype;
+    }
+    for (size_t i = 0; i < masks_.size(); ++i) {
+      const HostRules::Mask& mask = rules_.masks()[i];
+      view.masks[i] = {tensor(mask.entries, masks_[i]->data()), mask.block_log2};
+    }
+    if (!rules_.ids().empty()) {
+      view.document_ids = ids_.data();
+      view.document_stride = rules_.seqlen();
+    }
+    if (!rules_.spec().prefix_lens.empty()) {
+      view.prefix_lens = prefix_lens_.data();
+    }
+    return view;
+  }
+
+  static ScoreTensor tensor(const Entries& entries, void* data) {
+    ScoreTensor tensor = entries.strides;
+    tensor.data = data;
+    return tensor;
+  }
+
+  // Between numbers and the bytes of the bias's dtype; poison where `is_entry` does not hold.
+  std::vector<uint8_t> bytes_of(const std::vector<double>& values,
+                                const std::vector<bool>& is_entry) const {
+    const size_t size = bytes_of_bias();
+    std::vector<uint8_t> bytes(values.size() * size, kPoison);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const auto value = static_cast<float>(values[i]);
+      const __half half = __float2half(value);
+      const __nv_bfloat16 bfloat16 = __float2bfloat16(value);
+      const void* source = size == sizeof(float)                ? static_cast<const void*>(&value)
+                           : dtype_of_bias() == Dtype::kFloat16 ? static_cast<const void*>(&half)
+                                                                : &bfloat16;
+      if (is_entry[i]) {
+        std::memcpy(&bytes[i * size], source, size);
+      }
+    }
+    return bytes;
+  }
+  double number_of(const uint8_t* bytes) const {
+    const auto read = [&](auto value) {
+      std::memcpy(&value, bytes, sizeof(value));
+      return static_cast<double>(static_cast<float>(value));
+    };
+    return dtype_of_bias() == Dtype::kFloat32   ? read(float{})
+           : dtype_of_bias() == Dtype::kFloat16 ? read(__half{})
+                                                : read(__nv_bfloat16{});
+  }
+
+  Dtype dtype_of_bias() const {
+    return rules_.spec().bias ? rules_.spec().bias->dtype : Dtype::kFloat32;
+  }
+  size_t bytes_of_bias() const { return dtype_of_bias() == Dtype::kFloat32 ? 4 : 2; }
+
+ private:
+  const HostRules& rules_;
+  DeviceArray<uint8_t> bias_;
+  std::vector<std::unique_ptr<DeviceArray<uint8_t>>> masks_;
+  DeviceArray<int32_t> ids_;
+  DeviceArray<int32_t> prefix_lens_;
+};
+
+// The tile map of a problem for a row's tiles, as the API allocates it.
+class DeviceTileMap {
+ public:
+  DeviceTileMap(const Shape& shape, const Rows& queries, const ScoreRules& rules, int tile_m,
+                int tile_n)
+      : key_tiles_(ceil_div(shape.seqlen_k, tile_n)),
+        of_head_(queries.tiles(shape.seqlen_q, tile_m) * key_tiles_),
+        by_head_(std::any_of(std::begin(rules.masks), std::end(rules.masks),
+                             [](const KeepMask& mask) { return mask.head_stride != 0; })),
+        classes_(rules.has_data_masks() ? of_head_ * (by_head_ ? shape.num_heads : 1) : 0),
+        is_used_(rules.has_data_masks()) {}
+
+  TileMap view() const {
+    return is_used_ ? TileMap{classes_.data(), by_head_ ? of_head_ : 0, key_tiles_} : TileMap{};
+  }
+  bool guards_hold() const { return classes_.guards_hold(); }
+
+ private:
+  int key_tiles_;
+  int64_t of_head_;
+  bool by_head_;
+  DeviceArray<TileClass> classes_;
+  bool is_used_;
+};
+
 // A case with its inputs on the device and what is to come of them. The inputs of the backward pass
 // are those that a perfect forward pass gives.
 template <typename Element>
@@ -218,21 +334,30 @@ class Problem {
       : test(test),
         queries(test.shape.batch, test.shape.seqlen_q, test.lengths_q, test.used_q),
         keys(test.shape.batch, test.shape.seqlen_k, test.lengths_k, test.used_k),
-        of_queries(place_tensor(queries, test.layout, test.shape.num_heads, test.shape.head_dim)),
-        of_keys(place_tensor(keys, test.layout, test.shape.num_heads_kv, test.shape.head_dim)),
+        shape(shape_of(test, queries, keys)),
+        of_q(place_tensor(queries, test.layout, test.shape.num_heads, test.shape.head_dim)),
+        of_k(place_tensor(keys, test.layout, test.shape.num_heads_kv, test.shape.head_dim)),
+        of_v(place_tensor(keys, test.layout, test.shape.num_heads_kv, test.shape.head_dim_v)),
+        of_out(place_tensor(queries, test.layout, test.shape.num_heads, test.shape.head_dim_v)),
         of_statistics(place_statistics(queries, test.shape.num_heads)),
+        generator_(1234),
         inputs_(random_inputs()),
-        expected(NaiveAttention(test, queries.lengths(), keys.lengths()).run(inputs_)),
-        q_(of_queries, inputs_.q),
-        k_(of_keys, inputs_.k),
-        v_(of_keys, inputs_.v),
-        dout_(of_queries, inputs_.dout),
+        host_rules(test.rules, test.shape, generator_),
+        naive_(test, host_rules, queries.lengths(), keys.lengths()),
+        expected(naive_.run(inputs_)),
+        rules(host_rules, naive_.bias_seen()),
+        bias_entries(host_rules.is_entry_of_bias(test.shape)),
+        q_(of_q, inputs_.q),
+        k_(of_k, inputs_.k),
+        v_(of_v, inputs_.v),
+        dout_(of_out, inputs_.dout),
         dlse_(of_statistics, inputs_.dlse),
-        out_(of_queries, expected.out),
+        out_(of_out, expected.out),
         lse_(of_statistics, expected.lse) {}
 
-  FwdParams forward(const DeviceTensor<Element>& out, const DeviceTensor<float>& lse) const {
-    return {.shape = test.shape,
+  FwdParams forward(const DeviceTensor<Element>& out, const DeviceTensor<float>& lse,
+                    const TileMap& tile_map) const {
+    return {.shape = shape,
             .window = window(),
             .softmax_scale = test.softmax_scale(),
             .q = q_.view(),
@@ -241,12 +366,15 @@ class Problem {
             .out = out.view(),
             .softmax_lse = lse.statistics(),
             .queries = queries.on_device(),
-            .keys = keys.on_device()};
+            .keys = keys.on_device(),
+            .rules = rules.view(),
+            .tile_map = tile_map};
   }
 
   BwdParams backward(const DeviceTensor<Element>& dq, const DeviceTensor<Element>& dk,
-                     const DeviceTensor<Element>& dv, const BwdWorkspace& workspace) const {
-    return {.shape = test.shape,
+                     const DeviceTensor<Element>& dv, const BwdWorkspace& workspace,
+                     const TileMap& tile_map, const ScoreTensor& dbias) const {
+    return {.shape = shape,
             .window = window(),
             .softmax_scale = test.softmax_scale(),
             .q = q_.view(),
@@ -262,35 +390,56 @@ class Problem {
             .delta = {},
             .workspace = workspace,
             .queries = queries.on_device(),
-            .keys = keys.on_device()};
+            .keys = keys.on_device(),
+            .rules = rules.view(),
+            .tile_map = tile_map,
+            .dbias = dbias};
   }
 
   const Case test;
   const Rows queries;
   const Rows keys;
-  const Placement of_queries;
-  const Placement of_keys;
+  const Shape shape;  // as kernels are told
+  const Placement of_q;
+  const Placement of_k;
+  const Placement of_v;
+  const Placement of_out;
   const Placement of_statistics;
 
  private:
-  WindowMask window() const {
-    return {test.shape.seqlen_q, test.shape.seqlen_k, test.left, test.right};
+  static Shape shape_of(const Case& test, const Rows& queries, const Rows& keys) {
+    Shape shape = test.shape;
+    if (test.total_lengths) {
+      shape.seqlen_q = queries.packed() ? queries.per_entry() : shape.seqlen_q;
+      shape.seqlen_k = keys.packed() ? keys.per_entry() : shape.seqlen_k;
+    }
+    return shape;
   }
 
-  Inputs random_inputs() const {
-    std::mt19937 generator(1234);
+  WindowMask window() const { return {shape.seqlen_q, shape.seqlen_k, test.left, test.right}; }
+
+  Inputs random_inputs() {
     const auto random = [&](const Placement& placement, float magnitude) {
-      return random_elements<Element>(generator, placement.elements.size(), magnitude);
+      return random_elements<Element>(generator_, placement.elements.size(), magnitude);
     };
-    Inputs inputs{random(of_queries, test.magnitude), random(of_keys, 1.0f), random(of_keys, 1.0f),
-                  random(of_queries, 1.0f), random(of_statistics, test.dlse ? 1.0f : 0.0f)};
+    Inputs inputs{random(of_q, test.magnitude), random(of_k, 1.0f), random(of_v, 1.0f),
+                  random(of_out, 1.0f), random(of_statistics, test.dlse ? 1.0f : 0.0f)};
     return inputs;
   }
 
+  std::mt19937 generator_;
   Inputs inputs_;
 
  public:
+  const HostRules host_rules;
+
+ private:
+  NaiveAttention naive_;
+
+ public:
   const Reference expected;
+  const DeviceRules rules;
+  const std::vector<bool> bias_entries;  // which elements of its memory are entries
 
  private:
   DeviceTensor<Element> q_, k_, v_, dout_;

@@ -43,6 +43,7 @@ struct Inputs {
 };
 struct Reference {
   std::vector<double> out, lse, dq, dk, dv;
+  std::vector<double> dbias;  // where the bias has entries
 };
 
 inline bool visible(const Case& test, int query, int key, int queries, int keys) {
@@ -52,9 +53,9 @@ inline bool visible(const Case& test, int query, int key, int queries, int keys)
 
 class NaiveAttention {
  public:
-  NaiveAttention(const Case& test, const std::vector<int>& lengths_q,
+  NaiveAttention(const Case& test, const HostRules& rules, const std::vector<int>& lengths_q,
                  const std::vector<int>& lengths_k)
-      : test_(test), queries_(rows_of(lengths_q)), keys_(rows_of(lengths_k)) {
+      : test_(test), rules_(rules), queries_(rows_of(lengths_q)), keys_(rows_of(lengths_k)) {
     int64_t pairs = 0;
     for (size_t b = 0; b < lengths_q.size(); ++b) {
       first_pair_.push_back(pairs);
@@ -66,16 +67,28 @@ class NaiveAttention {
 
   Reference run(const Inputs& x) {
     const Shape& shape = test_.shape;
-    Reference result{std::vector<double>(x.q.size()), std::vector<double>(x.dlse.size()),
-                     std::vector<double>(x.q.size()), std::vector<double>(x.k.size()),
-                     std::vector<double>(x.v.size())};
+    Reference result{std::vector<double>(x.dout.size()), std::vector<double>(x.dlse.size()),
+                     std::vector<double>(x.q.size()),    std::vector<double>(x.k.size()),
+                     std::vector<double>(x.v.size()),    {}};
     in_parallel(queries_.count() * shape.num_heads, [&](int64_t i) {
       run_query(x, result, i / shape.num_heads, static_cast<int>(i % shape.num_heads));
     });
     in_parallel(keys_.count() * shape.num_heads_kv, [&](int64_t i) {
       run_key(x, result, i / shape.num_heads_kv, static_cast<int>(i % shape.num_heads_kv));
     });
+    result.dbias = sum_dbias();
     return result;
+  }
+
+  // Which entries of the bias some seen pair has.
+  std::vector<bool> bias_seen() const {
+    std::vector<bool> seen(rules_.bias().size());
+    each_pair([&](int b, int head, int query, int key, size_t) {
+      if (sees(b, head, query, key)) {
+        seen[rules_.bias_entries().at(b, head, query, key)] = true;
+      }
+    });
+    return seen;
   }
 
  private:
@@ -105,17 +118,47 @@ class NaiveAttention {
            (int64_t{head} * queries_.length(b) + row - queries_.first[b]) * keys_.length(b);
   }
 
-  double dot(const double* a, const double* b) const {
+  static double dot(const double* a, const double* b, int cols) {
     double sum = 0;
-    for (int c = 0; c < test_.shape.head_dim; ++c) {
+    for (int c = 0; c < cols; ++c) {
       sum += a[c] * b[c];
     }
     return sum;
   }
-  void add(double* sum, double factor, const double* x) const {
-    for (int c = 0; c < test_.shape.head_dim; ++c) {
+  static void add(double* sum, double factor, const double* x, int cols) {
+    for (int c = 0; c < cols; ++c) {
       sum[c] += factor * x[c];
     }
+  }
+
+  bool sees(int b, int head, int query, int key) const {
+    return (key < rules_.prefix(b) ||
+            visible(test_, query, key, queries_.length(b), keys_.length(b))) &&
+           rules_.allows(b, head, query, key);
+  }
+
+  // visit(sequence, head, query, key, index into p_ and ds_)
+  template <typename Visit>
+  void each_pair(const Visit& visit) const {
+    if (rules_.bias().empty()) {
+      return;
+    }
+    for (int64_t row = 0; row < queries_.count(); ++row) {
+      const int b = queries_.sequence[row];
+      for (int head = 0; head < test_.shape.num_heads; ++head) {
+        for (int key = 0; key < keys_.length(b); ++key) {
+          visit(b, head, static_cast<int>(row - queries_.first[b]), key, pairs_of(row, head) + key);
+        }
+      }
+    }
+  }
+
+  std::vector<double> sum_dbias() const {
+    std::vector<double> dbias(rules_.bias().size());
+    each_pair([&](int b, int head, int query, int key, size_t pair) {
+      dbias[rules_.bias_entries().at(b, head, query, key)] += p_[pair] == 0 ? 0 : ds_[pair];
+    });
+    return dbias;
   }
 
   void run_query(const Inputs& x, Reference& result, int64_t row, int head) {
@@ -125,17 +168,19 @@ class NaiveAttention {
     const int keys = keys_.length(b);
     const int query = static_cast<int>(row - queries_.first[b]);
     const size_t statistic = row * shape.num_heads + head;
-    const size_t q_row = statistic * shape.head_dim;
-    const auto k_row = [&](int key) {
-      return ((keys_.first[b] + key) * shape.num_heads_kv + head / shape.group_size()) *
-             shape.head_dim;
+    const double* q_row = &x.q[statistic * shape.head_dim];
+    const double* dout_row = &x.dout[statistic * shape.head_dim_v];
+    const auto row_of = [&](const std::vector<double>& tensor, int key, int cols) {
+      return &tensor[((keys_.first[b] + key) * shape.num_heads_kv + head / shape.group_size()) *
+                     cols];
     };
     double* p = p_.data() + pairs_of(row, head);
     double* ds = ds_.data() + pairs_of(row, head);
     double largest = -INFINITY;
     for (int key = 0; key < keys; ++key) {
-      p[key] = visible(test_, query, key, queries_.length(b), keys)
-                   ? scale * dot(&x.q[q_row], &x.k[k_row(key)])
+      p[key] = sees(b, head, query, key)
+                   ? scale * dot(q_row, row_of(x.k, key, shape.head_dim), shape.head_dim) +
+                         rules_.bias_of(b, head, query, key)
                    : -INFINITY;
       largest = std::max(largest, p[key]);
     }
@@ -149,15 +194,17 @@ class NaiveAttention {
     for (int key = 0; key < keys; ++key) {
       if (p[key] != 0) {
         p[key] /= sum;
-        ds[key] = dot(&x.dout[q_row], &x.v[k_row(key)]);
+        const double* v_row = row_of(x.v, key, shape.head_dim_v);
+        ds[key] = dot(dout_row, v_row, shape.head_dim_v);
         delta += p[key] * ds[key];
-        add(&result.out[q_row], p[key], &x.v[k_row(key)]);
+        add(&result.out[statistic * shape.head_dim_v], p[key], v_row, shape.head_dim_v);
       }
     }
     for (int key = 0; key < keys; ++key) {
       if (p[key] != 0) {
-        ds[key] = p[key] * (ds[key] - delta) * scale;
-        add(&result.dq[q_row], ds[key], &x.k[k_row(key)]);
+        ds[key] = p[key] * (ds[key] - delta);
+        add(&result.dq[statistic * shape.head_dim], scale * ds[key],
+            row_of(x.k, key, shape.head_dim), shape.head_dim);
       }
     }
   }
@@ -165,21 +212,24 @@ class NaiveAttention {
   void run_key(const Inputs& x, Reference& result, int64_t row, int head) const {
     const Shape& shape = test_.shape;
     const int b = keys_.sequence[row];
-    const size_t k_row = (row * shape.num_heads_kv + head) * shape.head_dim;
+    const size_t k_row = row * shape.num_heads_kv + head;
     for (int64_t query = queries_.first[b]; query < queries_.first[b + 1]; ++query) {
       for (int i = 0; i < shape.group_size(); ++i) {
         const int head_q = head * shape.group_size() + i;
         const size_t pair = pairs_of(query, head_q) + row - keys_.first[b];
         if (p_[pair] != 0) {
-          const size_t q_row = (query * shape.num_heads + head_q) * shape.head_dim;
-          add(&result.dv[k_row], p_[pair], &x.dout[q_row]);
-          add(&result.dk[k_row], ds_[pair], &x.q[q_row]);
+          const size_t q_row = query * shape.num_heads + head_q;
+          add(&result.dv[k_row * shape.head_dim_v], p_[pair], &x.dout[q_row * shape.head_dim_v],
+              shape.head_dim_v);
+          add(&result.dk[k_row * shape.head_dim], test_.softmax_scale() * ds_[pair],
+              &x.q[q_row * shape.head_dim], shape.head_dim);
         }
       }
     }
   }
 
   const Case& test_;
+  const HostRules& rules_;
   Rows queries_;
   Rows keys_;
   std::vector<int64_t> first_pair_;  // of each sequence, for one head
