@@ -204,6 +204,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     options = parse(arguments)
+    torch.set_num_threads(1)  # problems are too small for more
     failures = done = 0
     for case in itertools.islice(cases(options.device, options.seed), options.cases):
         if time.perf_counter() - start > options.seconds or failures >= options.failures:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
+import torch
 
 from tests.fuzz import cases
 from tests.support.cases import Case
@@ -19,6 +21,15 @@ PARTS = 10
 @cache
 def _cases(device: str) -> list[Case]:
     return list(itertools.islice(cases(device, seed=0), CASES[device]))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Problems are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -303,6 +303,20 @@ def test_the_gradient_of_a_bias_repeats_bit_for_bit_in_any_pass(device: str, hea
         assert_bitwise_equal("dbias", again.dbias, first.dbias)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    case = _case("cpu", heads_kv=2, bias="hk", mask="bhqk", causal=True)
+    inputs = make_inputs(case)
+    expected = run(case, inputs, backward=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = run(case, inputs, backward=True)
+    finally:
+        torch.set_num_threads(before)
+    _assert_same_bits(case, results, expected)
+
+
 def test_an_expanded_bias_has_a_gradient_of_its_full_shape(device: str) -> None:
     for dims in ("", "k", "bq"):
         case = _case(device, bias=dims, rule_layout="expanded")
