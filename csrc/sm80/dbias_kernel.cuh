@@ -7,6 +7,7 @@
 
 #include "common/params.h"
 #include "common/scheduler.h"
+#include "device/convert.cuh"
 #include "device/smem.cuh"
 #include "sm80/bwd_scores.cuh"
 
@@ -66,7 +67,7 @@ struct DbiasTile {
       const int col = i % kCols;
       if (row < rows && col < cols) {
         g_head[dbias.offset(first_query + row, first_key + col)] =
-            static_cast<Element>(sums[row][col]);
+            device::from_float<Element>(sums[row][col]);
       }
     }
   }
