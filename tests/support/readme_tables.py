@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Prints the README's support tables from the kernel table: `python .ci/support_table.py`."""
+"""Prints the README's tables of what runs, from the kernel table and from what the tests draw:
+`python -m tests.support.readme_tables`."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import flash_attn_cuda
+from tests import fuzz
+from tests.kernels import test_fuzz
+from tests.support.features import FEATURES, Feature, pairs_in_none
 
 Row = dict[str, Any]
 
@@ -36,26 +41,56 @@ def table(header: list[str], body: list[list[str]]) -> str:
     return "\n".join([header_line, rule, *lines])
 
 
-def what_runs(rows: list[Row]) -> tuple[str, str, str]:
-    """The dtypes, head dimensions and masks of a family's rows of one pass."""
+def what_runs(rows: list[Row]) -> tuple[str, str]:
+    """The dtypes and head dimensions of a family's rows of one pass."""
     dtypes = join(SHORT[row["dtype"]] for row in rows)
-    largest = max(row["head_dim"] for row in rows)
-    windowed = {row["dtype"] for row in rows if row["mask"] == "window"}
-    everywhere = windowed == {row["dtype"] for row in rows}
-    return dtypes, f"1 to {largest}", "yes" if everywhere else "in part"
+    return dtypes, f"1 to {max(row['head_dim'] for row in rows)}"
 
 
 def families(kernels: list[Row]) -> str:
     body = []
     for family in DEVICES:
-        passes: dict[tuple[str, str, str], list[str]] = {}
+        passes: dict[tuple[str, str], list[str]] = {}
         for pass_name, title in PASSES.items():
             rows = [r for r in kernels if r["family"] == family and r["pass"] == pass_name]
             if rows:
                 passes.setdefault(what_runs(rows), []).append(title)
         body += [[family, DEVICES[family], join(names), *what] for what, names in passes.items()]
-    last = "causal, windows, GQA/MQA, any lengths"
-    return table(["family", "runs on", "pass", "dtypes", "head_dim", last], body)
+    return table(["family", "runs on", "pass", "dtypes", "head_dim"], body)
+
+
+def features(kernels: list[Row]) -> str:
+    """Those that the same rows run share a line."""
+
+    def largest(feature: Feature, family: str, pass_name: str) -> str:
+        """The head_dim up to which a pass of a family does it, in every dtype that it has."""
+        rows = [row for row in kernels if (row["family"], row["pass"]) == (family, pass_name)]
+        of_dtype = {row["dtype"]: 0 for row in rows}
+        for row in filter(feature.runs, rows):
+            of_dtype[row["dtype"]] = max(of_dtype[row["dtype"]], row["head_dim"])
+        return str(min(of_dtype.values(), default=0) or "-")
+
+    columns = [(family, pass_name) for family in DEVICES for pass_name in PASSES]
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for feature in FEATURES:
+        cells = tuple(largest(feature, *column) for column in columns)
+        lines.setdefault(cells, []).append(f"{feature.name} ({feature.asked_for_by})")
+    return table(
+        ["feature", *(f"{family} {PASSES[pass_name]}" for family, pass_name in columns)],
+        [["; ".join(names), *cells] for cells, names in lines.items()],
+    )
+
+
+def pairs() -> str:
+    """Which features meet in the problems that every device is tested with."""
+    count = min(test_fuzz.CASES.values())
+    missing = join(
+        f"{one.name} with {other.name}"
+        for device in test_fuzz.CASES
+        for one, other in pairs_in_none(itertools.islice(fuzz.cases(device, seed=0), count))
+    )
+    where = "random\nproblems of the tests (`tests/fuzz.py`)"
+    return f"Each two of them meet in {where}{missing and f', but {missing}'}."
 
 
 def fits(row: Row, kib: int) -> bool:
@@ -89,17 +124,21 @@ def tiles(kernels: list[Row]) -> str:
     )
 
 
-def support_tables() -> str:
+def all_tables() -> str:
     kernels = flash_attn_cuda.build_info()["kernels"]
     memory = "; ".join(f"{kib} KiB on {names}" for kib, names in MEMORY.items())
     return f"""\
 {families(kernels)}
 
-On CUDA, in tiles (queries x keys) by the shared memory of a block on each compute capability:
+By feature, the largest head_dim that runs it. On Hopper sm80 runs what sm90 does not. {pairs()}
+
+{features(kernels)}
+
+On CUDA, without biases and masks, in tiles (queries x keys) by the shared memory of a block:
 {memory}; and on Hopper (9.0, 227 KiB), which prefers sm90.
 
 {tiles(kernels)}"""
 
 
 if __name__ == "__main__":
-    print(support_tables())
+    print(all_tables())
