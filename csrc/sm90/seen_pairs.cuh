@@ -122,7 +122,7 @@ class SeenPairsOfWarp {
 
  private:
   static constexpr int kWords = Shared::kWords;
-  static constexpr int kRowsAtOnce = 2;
+  static constexpr int kRowsAtOnce = kWords / 2;  // for more there are no registers
   static constexpr int kBitsOfByte = 8;
   static constexpr int kUnit = sizeof(uint4);
   using Bytes = std::conditional_t<kWords == 4, uint32_t, uint16_t>;  // of a lane's keys
