@@ -73,7 +73,7 @@ struct DbiasTile {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     flash_dbias_sm80(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
   using Element = typename Traits::Element;
   using ScoreGrid = typename Traits::ScoreGrid;
