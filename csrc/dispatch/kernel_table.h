@@ -97,8 +97,8 @@ struct KernelConfig {
   static constexpr int64_t kSm90Room = int64_t{227} * 1024;
   constexpr int64_t sm90_smem_bytes(int tiles_of_q, int tiles_of_k) const {
     const int64_t pairs = score == ScoreMode::kGeneral ? int64_t{tile_m} * tile_n : 0;
-    return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() +
-           2 * pairs + pairs / 8 + kSm90ControlBytes;
+    return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() + 2 * pairs +
+           pairs / 8 + kSm90ControlBytes;
   }
 };
 
