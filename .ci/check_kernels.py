@@ -31,8 +31,8 @@ SMALL = ("flash_bwd_dq_sm90",)  # kernels beside the main ones, which multiply n
 TARGETS = {"80": 163, "86": 99, "89": 99, "90a": 227, "120": 99}  # KiB of shared memory of a block
 FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Icsrc", "-cubin", "-Xptxas=-v", "-Werror=all-warnings"]
 
-# A mangled name, of a template over a row of the table or over a type.
-KERNEL = re.compile(r"(flash_[a-z0-9_]+)I(?:\w*?TraitsILi(\d+)E)?")
+# A mangled name, perhaps of a template over a row of the table.
+KERNEL = re.compile(r"(flash_[a-z0-9_]+)(?:I\w*?TraitsILi(\d+)E)?")
 
 # Prints the rows of the kernel table: what to call them, and the arguments, in KiB, that they fit.
 PRINT_ROWS = r"""

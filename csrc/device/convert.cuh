@@ -8,8 +8,24 @@
 namespace fa::device {
 
 // By name: torch builds its extensions without the implicit conversions of these types.
+FA_DEVICE float to_float(float x) { return x; }
 FA_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 FA_DEVICE float to_float(__half x) { return __half2float(x); }
+
+template <typename Element>
+FA_DEVICE Element from_float(float x);
+template <>
+FA_DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+FA_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+FA_DEVICE __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 // An accumulator as the A operand of the next product. Two of its 8-column blocks are one depth
 // step, and every element is already in the lane that needs it.

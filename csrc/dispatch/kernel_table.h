@@ -36,7 +36,8 @@ struct KernelConfig {
 
   // Hopper: barriers and work in hand; the columns of a tile, whole panels of 64; how many tiles of
   // q there are, two where there is room, so that the next is loaded under this one; and how many
-  // of keys and of values each, four where those of q leave room.
+  // of keys and of values each, four where those of q leave room. General rows have a tile of
+  // 16-bit bias too, and a bit for each pair of a tile.
   static constexpr int64_t kSm90ControlBytes = 1024;
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
   // Backward, whether dk and dv are too wide for one warpgroup.
@@ -95,8 +96,9 @@ struct KernelConfig {
  private:
   static constexpr int64_t kSm90Room = int64_t{227} * 1024;
   constexpr int64_t sm90_smem_bytes(int tiles_of_q, int tiles_of_k) const {
+    const int64_t pairs = score == ScoreMode::kGeneral ? int64_t{tile_m} * tile_n : 0;
     return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() +
-           kSm90ControlBytes;
+           2 * pairs + pairs / 8 + kSm90ControlBytes;
   }
 };
 
@@ -122,6 +124,12 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kForward,  kFloat16,  192, kWindow, kPlain,    128,  112, 12, 1},
   {kSm90, kForward,  kBFloat16, 256, kWindow, kPlain,    128,   80, 12, 1},
   {kSm90, kForward,  kFloat16,  256, kWindow, kPlain,    128,   80, 12, 1},
+  {kSm90, kForward,  kBFloat16,  64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,   64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 128, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,  128, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 256, kWindow, kGeneral,  128,   64, 12, 1},
+  {kSm90, kForward,  kFloat16,  256, kWindow, kGeneral,  128,   64, 12, 1},
 
   {kSm90, kBackward, kBFloat16,  64, kWindow, kPlain,    128,  128, 12, 1},
   {kSm90, kBackward, kFloat16,   64, kWindow, kPlain,    128,  128, 12, 1},

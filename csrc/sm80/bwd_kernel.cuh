@@ -20,6 +20,7 @@
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
+#include "device/mask.cuh"
 #include "device/warp_mma.cuh"
 #include "device/work_order.cuh"
 #include "sm80/bwd_scores.cuh"

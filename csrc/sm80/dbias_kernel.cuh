@@ -7,6 +7,7 @@
 
 #include "common/params.h"
 #include "common/scheduler.h"
+#include "device/convert.cuh"
 #include "device/smem.cuh"
 #include "sm80/bwd_scores.cuh"
 
@@ -66,14 +67,14 @@ struct DbiasTile {
       const int col = i % kCols;
       if (row < rows && col < cols) {
         g_head[dbias.offset(first_query + row, first_key + col)] =
-            static_cast<Element>(sums[row][col]);
+            device::from_float<Element>(sums[row][col]);
       }
     }
   }
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     flash_dbias_sm80(const __grid_constant__ BwdParams params, const TileScheduler scheduler) {
   using Element = typename Traits::Element;
   using ScoreGrid = typename Traits::ScoreGrid;

@@ -20,6 +20,7 @@
 #include "common/scheduler.h"
 #include "device/convert.cuh"
 #include "device/epilogue.cuh"
+#include "device/mask.cuh"
 #include "device/softmax.cuh"
 #include "device/warp_mma.cuh"
 #include "device/work_order.cuh"

@@ -63,9 +63,14 @@ KernelResources forward_resources() {
 
 template <typename Traits>
 KernelResources backward_resources() {
-  return support::larger(
-      support::resources_of(flash_bwd_sm80<Traits>, sizeof(typename Traits::SharedMemory)),
-      support::resources_of(flash_bwd_dq_sm80<Traits>, kDqSmemBytes<Traits>));
+  constexpr int64_t kSmemBytes = sizeof(typename Traits::SharedMemory);
+  const KernelResources resources =
+      support::larger(support::resources_of(flash_bwd_sm80<Traits>, kSmemBytes),
+                      support::resources_of(flash_bwd_dq_sm80<Traits>, kDqSmemBytes<Traits>));
+  if constexpr (Traits::kGeneral) {
+    return support::larger(resources, support::resources_of(flash_dbias_sm80<Traits>, kSmemBytes));
+  }
+  return resources;
 }
 
 // Registers every row of the table with this pass and head_dim when the library is loaded.

@@ -65,7 +65,7 @@ class PlainRules {
   }
 
  private:
-  const WindowMask& window_;
+  WindowMask window_;
 };
 
 // Finished scores have scale and bias, so that a scale need not be positive.

@@ -11,11 +11,13 @@
 #include "dispatch/registry.h"
 #include "sm90/bwd_kernel.cuh"
 #include "sm90/bwd_wide_kernel.cuh"
+#include "sm90/fwd_general_kernel.cuh"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/tensor_map.h"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
 #include "support/resources.h"
+#include "support/tile_map.h"
 #include "support/work_counter.h"
 
 namespace fa::sm90 {
@@ -53,6 +55,31 @@ class TensorMaps {
   Dtype dtype_;
 };
 
+// Whether TMA can bring a bias: one of the inputs' dtype, with rows of consecutive keys that begin
+// at multiples of 16 bytes.
+inline bool tma_takes(const ScoreRules& rules, Dtype dtype) {
+  constexpr int64_t kElements = 8;
+  const ScoreTensor& bias = rules.bias;
+  return bias.data != nullptr && rules.bias_dtype == dtype && bias.key_stride == 1 &&
+         reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && bias.query_stride > 0 &&
+         bias.query_stride % kElements == 0 && bias.head_stride % kElements == 0 &&
+         bias.batch_stride % kElements == 0;
+}
+
+// In boxes of a warpgroup's queries; of nothing where TMA does not take it.
+inline CUtensorMap make_bias_map(const ScoreRules& rules, const Shape& shape, Dtype dtype) {
+  const ScoreTensor& bias = rules.bias;
+  const bool takes = tma_takes(rules, dtype);
+  return make_tensor_map(
+      {.view = {bias.data, bias.batch_stride, bias.query_stride, bias.head_stride},
+       .dtype = dtype,
+       .batch = takes && bias.batch_stride != 0 ? shape.batch : 1,
+       .heads = takes && bias.head_stride != 0 ? shape.num_heads : 1,
+       .rows = takes ? shape.seqlen_q : 0,
+       .cols = takes ? shape.seqlen_k : 0,
+       .box_rows = device::kWarpgroupRows});
+}
+
 // For tiles of `tile_rows` rows each of what is called `name`. A block's first item is its own,
 // unless items begin in_order; the counter, where there are more items than blocks, gives out the
 // others.
@@ -73,22 +100,63 @@ Schedule make_schedule(const Params& params, const char* name, const TileSchedul
 }
 
 template <typename Traits>
-void launch_forward(const FwdParams& params, const LaunchContext& context) {
+FwdTensorMaps make_forward_maps(const FwdParams& params) {
   const Shape& shape = params.shape;
   const TensorMaps maps(params, Traits::kConfig.dtype);
-  const Schedule schedule =
-      make_schedule(params, "q",
-                    support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
-                                      shape.num_heads),
-                    Traits::kTileM, false, context.stream);
+  return {.q = maps.of_queries(params.q, shape.head_dim, device::kWarpgroupRows),
+          .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+          .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+          .out = maps.of_queries(params.out, shape.head_dim_v, device::kWarpgroupRows)};
+}
+
+template <typename Traits>
+Schedule make_forward_schedule(const FwdParams& params, void* stream) {
+  const Shape& shape = params.shape;
+  return make_schedule(params, "q",
+                       support::schedule(params.queries, shape.batch, shape.seqlen_q,
+                                         Traits::kTileM, shape.num_heads),
+                       Traits::kTileM, false, stream);
+}
+
+// The kernel of the plain rows and that of the general ones.
+template <int kRow>
+void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
+  using Traits = FwdTraits<kRow>;
+  const Schedule schedule = make_forward_schedule<Traits>(params, stream);
   support::launch_persistent<flash_fwd_sm90<Traits>>(
       "flash_fwd_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), context.stream, params,
-      FwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, device::kWarpgroupRows),
-                    .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
-                    .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
-                    .out = maps.of_queries(params.out, shape.head_dim_v, device::kWarpgroupRows)},
+      sizeof(typename Traits::SharedMemory), stream, params, make_forward_maps<Traits>(params),
       schedule);
+}
+template <int kRow>
+void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* stream) {
+  using Traits = GeneralFwdTraits<kRow>;
+  support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
+  const Schedule schedule = make_forward_schedule<Traits>(params, stream);
+  support::launch_persistent<flash_fwd_general_sm90<Traits>>(
+      "flash_fwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), stream, params,
+      GeneralFwdTensorMaps{make_forward_maps<Traits>(params),
+                           make_bias_map(params.rules, params.shape, Traits::kConfig.dtype),
+                           tma_takes(params.rules, Traits::kConfig.dtype)},
+      schedule);
+}
+
+template <int kRow>
+KernelResources attention_resources(FwdTraits<kRow>*) {
+  using Traits = FwdTraits<kRow>;
+  return support::resources_of(flash_fwd_sm90<Traits>, sizeof(typename Traits::SharedMemory));
+}
+template <int kRow>
+KernelResources attention_resources(GeneralFwdTraits<kRow>*) {
+  using Traits = GeneralFwdTraits<kRow>;
+  return support::resources_of(flash_fwd_general_sm90<Traits>,
+                               sizeof(typename Traits::SharedMemory));
+}
+
+template <typename Traits>
+void launch_forward(const FwdParams& params, const LaunchContext& context) {
+  launch_attention(static_cast<Traits*>(nullptr), params, context.stream);
 }
 
 template <typename Traits>
@@ -158,7 +226,7 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
 
 template <typename Traits>
 KernelResources forward_resources() {
-  return support::resources_of(flash_fwd_sm90<Traits>, sizeof(typename Traits::SharedMemory));
+  return attention_resources(static_cast<Traits*>(nullptr));
 }
 
 template <typename Traits>
@@ -176,8 +244,10 @@ struct Registration {
   void operator()() const {
     RegisteredKernel& kernel = registry().kernels[kRow];
     if constexpr (kPass == Pass::kForward) {
-      kernel.forward = launch_forward<FwdTraits<kRow>>;
-      kernel.resources = forward_resources<FwdTraits<kRow>>;
+      using Traits = std::conditional_t<table::kRows[kRow].score == ScoreMode::kGeneral,
+                                        GeneralFwdTraits<kRow>, FwdTraits<kRow>>;
+      kernel.forward = launch_forward<Traits>;
+      kernel.resources = forward_resources<Traits>;
     } else {
       using Traits =
           std::conditional_t<table::kRows[kRow].is_wide(), WideBwdTraits<kRow>, BwdTraits<kRow>>;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The sentences of selection that depend on a device, of which this needs none.
+// The sentences of selection that depend on a device, and which rows run rules for scores. This
+// needs no device.
 #include "dispatch/select.h"
 
 #include <algorithm>
@@ -17,6 +18,7 @@ constexpr Problem kProblem = {.pass = Pass::kForward,
                               .dtype = Dtype::kBFloat16,
                               .head_dim = 64,
                               .full_mask = true,
+                              .general_scores = false,
                               .on_cuda = true,
                               .device = {80, kSmemOptIn}};
 
@@ -49,10 +51,39 @@ void check_left_out() {
   }
 }
 
+// Rules keep a problem from rows of plain scores, from no others, and change no earlier verdict.
+void check_scores() {
+  for (const bool on_cuda : {false, true}) {
+    for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+      Problem plain = kProblem;
+      plain.pass = pass;
+      plain.on_cuda = on_cuda;
+      plain.device = {90, int64_t{227} * 1024};
+      Problem general = plain;
+      general.general_scores = true;
+      for (int row = 0; row < kNumRows; ++row) {
+        const KernelConfig& config = table::kRows[row];
+        const Verdict verdict = judge(row, plain);
+        const bool refused = config.score == ScoreMode::kPlain && verdict > Verdict::kScores;
+        const bool would_run = verdict == Verdict::kRuns && config.score == ScoreMode::kPlain;
+        FA_EXPECT(verdict != Verdict::kScores, config.name());
+        FA_EXPECT(judge(row, general) == (refused || would_run ? Verdict::kScores : verdict),
+                  config.name());
+        FA_EXPECT_EQ(describe(Verdict::kScores, row, general),
+                     "for scores without bias, masks, documents and prefixes");
+      }
+      if (!on_cuda) {
+        FA_EXPECT_EQ(select_row(general), select_row(plain));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   check_shared_memory();
   check_left_out();
+  check_scores();
   return fa::test::report("dispatch/test_select");
 }

@@ -75,6 +75,10 @@ void check_choices() {
         if (head_dim <= kLargestHeadDimOfHopper) {
           check({kSm90, pass, kBFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
           check({kSm90, pass, kFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
+          if (pass == kForward) {
+            check({kSm90, pass, kBFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
+            check({kSm90, pass, kFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
+          }
         }
       }
     }

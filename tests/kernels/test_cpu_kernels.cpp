@@ -198,12 +198,14 @@ void check_bits(Problem& problem) {
 
   const Shape& s = problem.c.shape;
   const fa::WindowMask window = problem.c.window();
-  if (s.batch == 0 || s.seqlen_q == 0 || s.seqlen_k == 0 || window.is_full() ||
-      !problem.c.fixed_lengths() || problem.rules.given().any()) {
+  const bool ruled = problem.rules.given().any();
+  if (s.batch == 0 || s.seqlen_q == 0 || s.seqlen_k == 0 || (window.is_full() && !ruled) ||
+      !problem.c.fixed_lengths()) {
     return;
   }
-  // The key that fewest rows see: the first or the last, whichever side has a bound.
-  const int key = window.allows(0, s.seqlen_k - 1) ? 0 : s.seqlen_k - 1;
+  // The key that fewest rows see: the first or the last, whichever side has a bound. One of the
+  // first is hidden from some rows by any rule.
+  const int key = ruled ? s.seqlen_k / 64 : window.allows(0, s.seqlen_k - 1) ? 0 : s.seqlen_k - 1;
   for (int head = 0; head < s.num_heads_kv; ++head) {
     const double huge = problem.dtype == Dtype::kFloat16 ? 60000 : 2e38;
     for (int x = 0; x < s.head_dim; ++x) {
@@ -215,10 +217,10 @@ void check_bits(Problem& problem) {
   }
   problem.run(parallel_for<1>);
   for (int row = 0; row < s.seqlen_q; ++row) {
-    if (window.allows(row, key)) {
-      continue;
-    }
     for (int head = 0; head < s.num_heads; ++head) {
+      if (problem.rules.sees(0, head, row, key)) {
+        continue;
+      }
       const auto same = [&](const Tensor& tensor, int head_dim,
                             const std::vector<unsigned char>& before) {
         const auto* address = static_cast<unsigned char*>(tensor.view.data) +

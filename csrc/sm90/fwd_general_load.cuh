@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The four warps of the general forward kernel that do not compute.
+#pragma once
+
+#include "sm90/fwd_general_traits.h"
+#include "sm90/fwd_load.cuh"
+
+namespace fa::sm90 {
+
+// As of the plain kernel, and a bias in boxes of a warpgroup's rows, if it comes by TMA.
+struct GeneralFwdTensorMaps : FwdTensorMaps {
+  CUtensorMap bias;
+  bool loads_bias;
+};
+
+// Takes the work and loads queries.
+template <typename Traits>
+FA_DEVICE void load_general_queries(const FwdParams& params, const GeneralFwdTensorMaps& maps,
+                                    const Schedule& schedule, typename Traits::SharedMemory& s) {
+  device::RingPosition<Traits::kQStages> q_at;
+  give_out_work<GeneralFwdWork, Traits>(params, schedule, s, [&](const GeneralFwdWork& work) {
+    if (!work.key_tiles.empty()) {
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
+        const int row = warpgroup * device::kWarpgroupRows;
+        load_rows<device::kWarpgroupRows>(s.q, row, s.q_ring[warpgroup], q_at, maps.q,
+                                          work.queries.begin + work.first_query + row,
+                                          work.tile.head, work.batch_of_queries(params));
+      }
+      q_at.advance();
+    }
+  });
+}
+
+// Loads the keys, values and bias of visible tiles, and tells of each with its keys. Where an item
+// has none, a stage without keys says so.
+template <typename Traits>
+FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTensorMaps& maps,
+                                  typename Traits::SharedMemory& s) {
+  constexpr int kTileN = Traits::kTileN;
+  device::RingPosition<kWorkStages> work_at;
+  device::RingPosition<Traits::kKvStages> k_at;
+  device::RingPosition<Traits::kKvStages> v_at;
+  device::RingPosition<1> bias_at;
+  device::RingPosition<kAnnounced> announced_at;
+  device::RingPosition<1> may_take_at;
+  for (;; work_at.advance()) {
+    work_at.wait(s.work_ring);
+    const GeneralFwdWork& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    VisibleTiles tiles = s_work.visible_tiles<kTileN>(params);
+    const int head = ptx::uniform(s_work.tile.head);
+    const int head_kv = head / params.shape.group_size();
+    const int batch = ptx::uniform(s_work.tile.batch);
+    const int batch_of_keys = ptx::uniform(s_work.batch_of_keys(params));
+    const int first_key = ptx::uniform(s_work.keys.begin);
+    const int first_query = ptx::uniform(s_work.first_query);
+    __syncwarp();
+    work_at.release(s.work_ring);
+    bool may_take = false;
+    const auto let_take = [&](bool is_time) {
+      if (is_time && !may_take) {
+        may_take = true;
+        if (ptx::lane_index() == 0) {
+          may_take_at.fill(s.may_take);
+        }
+      }
+    };
+    const auto announce = [&](const KeyTile& key_tile) {
+      announced_at.wait_empty(s.announced_ring);
+      if (ptx::lane_index() == 0) {
+        s.announced[announced_at.stage()] = key_tile;
+        announced_at.fill(s.announced_ring);
+      }
+      __syncwarp();
+      announced_at.advance();
+    };
+    if (tiles.done()) {
+      let_take(true);
+      announce(KeyTile::none());
+      k_at.wait_empty(s.k_ring);
+      if (ptx::lane_index() == 0) {
+        s.key_tiles[k_at.stage()] = KeyTile::none();
+        k_at.fill(s.k_ring);
+      }
+      __syncwarp();
+      k_at.advance();
+    }
+    const auto load_values = [&](int tile) {
+      load_rows<kTileN>(s.v, 0, s.v_ring, v_at, maps.v, first_key + tile * kTileN, head_kv,
+                        batch_of_keys);
+      v_at.advance();
+    };
+    for (int previous = -1; !tiles.done();) {
+      const int tile = tiles.tile();
+      const bool is_mixed = tiles.is_mixed();
+      tiles.advance();
+      let_take(tiles.has_at_most(kTilesToTakeAhead - 1));
+      const KeyTile key_tile = KeyTile::of(tile, is_mixed, tiles.done());
+      announce(key_tile);
+      k_at.wait_empty(s.k_ring);
+      if (ptx::lane_index() == 0) {
+        s.key_tiles[k_at.stage()] = key_tile;
+      }
+      load_rows<kTileN>(s.k, 0, s.k_ring, k_at, maps.k, first_key + tile * kTileN, head_kv,
+                        batch_of_keys);
+      k_at.advance();
+      if (previous >= 0) {
+        load_values(previous);
+      }
+      if (maps.loads_bias) {
+#pragma unroll
+        for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
+          bias_at.wait_empty(s.bias_ring[warpgroup]);
+          if (ptx::lane_index() == 0) {
+            auto& s_bias = s.bias[warpgroup];
+            uint64_t& s_full = bias_at.expect(s.bias_ring[warpgroup], sizeof(s_bias));
+            using Tile = typename Traits::Bias;
+#pragma unroll
+            for (int panel = 0; panel < Tile::kPanels; ++panel) {
+              ptx::tma_load(s_bias.elements + panel * Tile::kRows * Tile::kPanelCols, &maps.bias,
+                            {tile * kTileN + panel * Tile::kPanelCols,
+                             first_query + warpgroup * device::kWarpgroupRows,
+                             params.rules.bias.head_stride == 0 ? 0 : head,
+                             params.rules.bias.batch_stride == 0 ? 0 : batch},
+                            s_full);
+            }
+          }
+          __syncwarp();
+        }
+        bias_at.advance();
+      }
+      if (tiles.done()) {
+        load_values(tile);
+      }
+      previous = tile;
+    }
+  }
+}
+
+// Finds out which pairs of the mixed tiles are seen, of the rows of one warpgroup.
+template <typename Traits>
+FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedMemory& s,
+                               int warpgroup) {
+  const ScoreRules& rules = params.rules;
+  device::RingPosition<kWorkStages> work_at;
+  device::RingPosition<kAnnounced> announced_at;
+  device::RingPosition<1> at;
+  for (;; work_at.advance()) {
+    work_at.wait(s.work_ring);
+    const GeneralFwdWork& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    for (bool is_last = false; !is_last; announced_at.advance()) {
+      announced_at.wait(s.announced_ring);
+      const KeyTile tile = {ptx::uniform(s.announced[announced_at.stage()].bits)};
+      __syncwarp();
+      announced_at.release(s.announced_ring);
+      is_last = tile.is_last();
+      if (!tile.is_mixed()) {
+        continue;
+      }
+      const int batch = s_work.tile.batch;
+#pragma unroll 1
+      for (int row = warpgroup * device::kWarpgroupRows, half = 0; half < 2;
+           ++half, row += ptx::kWarpSize) {
+        SeenPairsOfWarp<Traits::kTileN> seen({rules, s_work.window, batch},
+                                             s_work.first_query + row, s_work.queries.length,
+                                             tile.tile() * Traits::kTileN);
+        if (rules.document_ids != nullptr) {
+          seen.keep_documents(rules.document_ids + batch * rules.document_stride);
+        }
+#pragma unroll 1
+        for (int i = 0; i < ScoreRules::kMasks && rules.masks[i].data != nullptr; ++i) {
+          seen.keep_mask(rules.masks[i], batch, s_work.tile.head);
+        }
+        at.wait_empty(s.seen_ring[warpgroup]);  // the first half is ready before
+        seen.store(s.seen[warpgroup], half * ptx::kWarpSize + ptx::lane_index());
+      }
+      __syncwarp();
+      if (ptx::lane_index() == 0) {
+        at.fill(s.seen_ring[warpgroup]);
+      }
+      at.advance();
+    }
+    __syncwarp();
+    work_at.release(s.work_ring);
+  }
+}
+
+}  // namespace fa::sm90

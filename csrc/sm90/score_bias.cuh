@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Scores of a warp, 16 queries, become scale * score + bias.
+#pragma once
+
+#include "common/score_rules.h"
+#include "device/convert.cuh"
+
+namespace fa::sm90 {
+
+// Where a bias lies in shared memory, as rows of a tile from `row` on, all columns of it.
+template <typename Scores, typename Tile>
+FA_DEVICE void add_bias(Scores& r_scores, float scale, const Tile& s_bias, int row) {
+  const auto s_lane = device::LanePointer<Tile>::down_first(s_bias, row, 0);
+#pragma unroll
+  for (int block = 0; block < Scores::kColBlocks; block += 2) {
+    uint32_t r_bias[4];  // of the two blocks: the upper and the lower rows of each
+    s_lane.load(r_bias, 0, block * device::kBlockCols);
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      using Element = std::remove_const_t<std::remove_reference_t<decltype(s_bias.elements[0])>>;
+      const auto pair = reinterpret_cast<const Element(&)[2]>(r_bias[part]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = r_scores.r[0][block + part / 2][part % 2 * 2 + i];
+        score = fmaf(score, scale, device::to_float(pair[i]));
+      }
+    }
+  }
+}
+
+// A bias in global memory, of any strides and any dtype, for a warp's 16 queries and some keys.
+struct BiasPart {
+  const ScoreRules& rules;
+  int batch;
+  int head;
+  int first_query;
+  int end_query;  // those that have a bias end there
+  int first_key;
+  int end_key;
+
+  // Makes floats of it, in rows of kCols of which the 32-byte units are permuted such that eight
+  // rows of one unit column lie in different banks.
+  template <int kCols>
+  FA_DEVICE void load(float* s_floats) const {
+    if (rules.bias_dtype == Dtype::kFloat32) {
+      load_elements<kCols, float>(s_floats);
+    } else if (rules.bias_dtype == Dtype::kBFloat16) {
+      load_elements<kCols, __nv_bfloat16>(s_floats);
+    } else {
+      load_elements<kCols, __half>(s_floats);
+    }
+  }
+
+  template <int kCols>
+  static FA_DEVICE int offset(int row, int col) {
+    constexpr int kUnit = device::kBlockCols;
+    return row * kCols + (col / kUnit ^ row % (kCols / kUnit)) * kUnit + col % kUnit;
+  }
+
+ private:
+  template <int kCols, typename Element>
+  FA_DEVICE void load_elements(float* s_floats) const {
+    const ScoreTensor& bias = rules.bias;
+    const Element* g_head = bias.of_head<const Element>(batch, head);
+#pragma unroll 4
+    for (int i = ptx::lane_index(); i < device::kBlockRows * kCols; i += ptx::kWarpSize) {
+      const int row = i / kCols;
+      const int query = min(first_query + row, end_query - 1);
+      const int key = min(first_key + i % kCols, end_key - 1);
+      s_floats[offset<kCols>(row, i % kCols)] = device::to_float(g_head[bias.offset(query, key)]);
+    }
+  }
+};
+
+// Through the shared memory of a warp that has room for half of its bias as floats.
+template <typename Scores>
+FA_DEVICE void add_bias(Scores& r_scores, float scale, float* s_floats, BiasPart part) {
+  constexpr int kCols = Scores::kCols / 2;
+#pragma unroll
+  for (int first = 0; first < Scores::kCols; first += kCols) {
+    __syncwarp();  // all have read what is there
+    part.load<kCols>(s_floats);
+    __syncwarp();
+#pragma unroll
+    for (int col = 0; col < kCols; col += device::kBlockCols) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 bias = *reinterpret_cast<const float2*>(
+            s_floats + BiasPart::offset<kCols>(Scores::row(half), col + Scores::col(0, 0)));
+        float* r_pair = &r_scores.r[0][(first + col) / device::kBlockCols][2 * half];
+        r_pair[0] = fmaf(r_pair[0], scale, bias.x);
+        r_pair[1] = fmaf(r_pair[1], scale, bias.y);
+      }
+    }
+    part.first_key += kCols;
+  }
+}
+
+}  // namespace fa::sm90
