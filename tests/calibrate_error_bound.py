@@ -5,7 +5,7 @@
     python -m tests.calibrate_error_bound --device cpu --problems 40
 
 draws random problems from a seed, runs forward and backward, and takes |error| / bound of every
-element of out, lse, dq, dk and dv:
+element of out, lse, dq, dk, dv and, where there is a bias, dbias:
 
 results     by dtype, rows of the kernel table (head_dim up to the number) and result: the median,
             99th percentile and largest ratio, and the problem that has the largest
@@ -48,15 +48,14 @@ from tests.support.cases import DATA, Case, Inputs, make_inputs
 from tests.support.compare import (
     CALIBRATED,
     CONSTANTS,
-    Constants,
     Expected,
     error_ratio,
-    expected_with_bounds,
+    expected_of,
     run,
 )
 from tests.support.suite import HEADS, WINDOWS
 
-RESULTS = ("out", "lse", "dq", "dk", "dv")
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dbias")
 ROWS = (64, 96, 128, 192, 256, 512)  # of the kernel table
 # What a case's data becomes before it is used.
 #   positive: all of one sign, so that roundings that lean one way add up
@@ -66,12 +65,13 @@ VARIANTS = ("", "positive", "tied", "rising")
 # The constants that make up one term of the bound.
 TERMS: dict[str, tuple[str, ...]] = {
     "dot": ("dot_per_term", "dot"),
+    "bias": ("bias",),
     "softmax": ("exp", "lse", "sum"),
     "sum": ("sum_per_root", "sum_per_term"),
     "operand": ("operand",),
     "result": ("result",),
 }
-ESTIMATES = ("dot", "softmax", "sum")
+ESTIMATES = ("dot", "bias", "softmax", "sum")
 PREVAILS = 0.5
 BINS = 1000
 LONG_EVERY = 40
@@ -113,6 +113,8 @@ class Problem:
             and case.window == (-1, -1)
             and case.softmax_scale is None
             and not case.dlse
+            and case.bias is None
+            and case.head_dim_v is None
             and (not case.causal or case.seqlen_q == case.seqlen_k)
             and min(case.seqlen_q, case.seqlen_k) >= 16
             and case.data in ("normal", "outlier", "sparse")
@@ -169,6 +171,15 @@ def draw(index: int, seed: int, device: str) -> Problem:
         case = dataclasses.replace(
             case, softmax_scale=rng.choice((0.0, 1e-3, -0.2, 0.7, -1.0, 2.0))
         )
+    if rng.random() < 0.4:
+        case = dataclasses.replace(
+            case,
+            bias=rng.choice(("bhqk", "hqk", "bk", "hq", "")),
+            bias_dtype=rng.choice((None, "float32")),
+            bias_data=rng.choice(("normal", "large")),
+        )
+    if rng.random() < 0.1:
+        case = dataclasses.replace(case, head_dim_v=rng.randint(1, row))
     variant = rng.choice(VARIANTS) if case.data in ("normal", "sparse") else ""
     return Problem(case, variant, row)
 
@@ -256,16 +267,16 @@ class Tally:
         return max((ratios.largest for ratios in self.results.values()), default=0.0)
 
     def add(self, problem: Problem, inputs: Inputs) -> None:
-        expected = _expected(problem.case, inputs, CONSTANTS)
+        expected = expected_of(problem.case, inputs, backward=True, constants=CONSTANTS)
         results = run(problem.case, inputs, backward=True, poisoned=False)
-        actual = {name: getattr(results, name) for name in RESULTS}
+        actual = {name: getattr(results, name) for name in expected.values}
         ratios = {
             name: error_ratio(actual[name], expected.values[name], expected.bounds[name])
-            for name in RESULTS
+            for name in actual
         }
-        finite = torch.finfo(inputs.q.dtype).max
-        for name in RESULTS:  # what overflows the dtype is inf, rightly
+        for name in actual:  # what overflows the dtype is inf, rightly
             if name != "lse":
+                finite = torch.finfo(actual[name].dtype).max
                 largest = expected.values[name].abs() + expected.bounds[name]
                 ratios[name] = ratios[name].masked_fill(largest > finite, 0.0)
         self._add_results(problem, expected, ratios)
@@ -275,8 +286,8 @@ class Tally:
         self.problems += 1
 
     def _add_results(self, problem: Problem, expected: Expected, ratios: dict[str, Tensor]) -> None:
-        largest = torch.stack([ratios[name].max() for name in RESULTS]).tolist()
-        for name, maximum in zip(RESULTS, largest, strict=True):
+        largest = torch.stack([ratio.max() for ratio in ratios.values()]).tolist()
+        for name, maximum in zip(ratios, largest, strict=True):
             key = (problem.case.dtype, problem.row, name)
             if key not in self.results:
                 counts = torch.zeros(BINS, dtype=torch.float64, device=self.device)
@@ -294,8 +305,8 @@ class Tally:
         found = []
         for term, names in TERMS.items():
             others = dataclasses.replace(CONSTANTS, **dict.fromkeys(names, 0.0))
-            bounds = _expected(problem.case, inputs, others).bounds
-            for name in RESULTS:
+            bounds = expected_of(problem.case, inputs, backward=True, constants=others).bounds
+            for name in ratios:
                 share = 1 - bounds[name] / expected.bounds[name]  # NaN where both are 0
                 prevails = share >= PREVAILS
                 largest = ratios[name].masked_fill(~prevails, 0.0).max()
@@ -323,20 +334,6 @@ class Tally:
             if all(map(math.isfinite, errors.values())):
                 self.rmse[problem.case.dtype, problem.row, name].append(errors)
                 self.rmse[problem.case.dtype, 0, name].append(errors)
-
-
-def _expected(case: Case, inputs: Inputs, constants: Constants) -> Expected:
-    return expected_with_bounds(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.dout,
-        inputs.dlse,
-        softmax_scale=case.softmax_scale,
-        causal=case.causal,
-        window_size=case.window,
-        constants=constants,
-    )
 
 
 def _peers(case: Case, inputs: Inputs) -> dict[str, dict[str, Tensor]]:
@@ -433,7 +430,11 @@ def table(written: dict[str, Any]) -> Iterator[str]:
     rows = itertools.groupby(written["results"], key=lambda r: (r["dtype"], r["row"]))
     for (dtype, row), group in rows:
         by_name = {r["result"]: r for r in group}
-        cells = ("  {p50:6.3f} {p99:5.3f} {max:6.3f}".format(**by_name[name]) for name in RESULTS)
+        cells = (
+            "  {p50:6.3f} {p99:5.3f} {max:6.3f}".format(**by_name[name])
+            for name in RESULTS
+            if name in by_name
+        )
         yield f"{dtype:<12}{'head_dim to':>12}{row:>5} " + "".join(cells)
     low, high = CALIBRATED
     yield f"\n{'max where a constant prevails':<30}" + "".join(f"{name:>21}" for name in RESULTS)

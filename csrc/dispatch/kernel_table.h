@@ -97,8 +97,8 @@ struct KernelConfig {
   static constexpr int64_t kSm90Room = int64_t{227} * 1024;
   constexpr int64_t sm90_smem_bytes(int tiles_of_q, int tiles_of_k) const {
     const int64_t pairs = score == ScoreMode::kGeneral ? int64_t{tile_m} * tile_n : 0;
-    return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() +
-           2 * pairs + pairs / 8 + kSm90ControlBytes;
+    return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() + 2 * pairs +
+           pairs / 8 + kSm90ControlBytes;
   }
 };
 
@@ -174,6 +174,7 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kForward,  kBFloat16, 512, kWindow, kPlain,     32,   16,  4, 1},
   {kSm80, kForward,  kFloat16,  512, kWindow, kPlain,     32,   16,  4, 1},
 
+  // With all rules for scores; one for each head_dim, in the shared memory that every GPU has.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kGeneral,    64,   64,  4, 2},
   {kSm80, kForward,  kFloat16,   64, kWindow, kGeneral,    64,   64,  4, 2},
   {kSm80, kForward,  kBFloat16,  96, kWindow, kGeneral,    64,   32,  4, 2},
@@ -214,6 +215,7 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kBackward, kBFloat16, 512, kWindow, kPlain,     16,   16,  4, 1},
   {kSm80, kBackward, kFloat16,  512, kWindow, kPlain,     16,   16,  4, 1},
 
+  // With all rules for scores.
   {kSm80, kBackward, kBFloat16,  64, kWindow, kGeneral,    64,   64,  4, 1},
   {kSm80, kBackward, kFloat16,   64, kWindow, kGeneral,    64,   64,  4, 1},
   {kSm80, kBackward, kBFloat16,  96, kWindow, kGeneral,    32,   64,  4, 1},

@@ -106,14 +106,9 @@ class SeenPairsOfWarp {
         words_[word] &= __ballot_sync(~0u, is_set(bytes, word));
       }
     } else if (is_dense(mask, g_mask)) {
-      const uint8_t* g_row = g_mask + first_query_ * mask.query_stride + key(0);
-      keep_rows<kRowsAtOnce>([&](int) {
-        const Bytes bytes = __ldg(reinterpret_cast<const Bytes*>(g_row));
-        g_row += mask.query_stride;
-        return bytes;
-      });
+      keep_row(g_mask + mask.offset(query(ptx::lane_index()), first_key_));
     } else {
-      keep_rows<1>(load);
+      keep_rows(load);
     }
   }
 
@@ -127,8 +122,9 @@ class SeenPairsOfWarp {
 
  private:
   static constexpr int kWords = Shared::kWords;
-  static constexpr int kRowsAtOnce = 8;
+  static constexpr int kRowsAtOnce = kWords / 2;  // for more there are no registers
   static constexpr int kBitsOfByte = 8;
+  static constexpr int kUnit = sizeof(uint4);
   using Bytes = std::conditional_t<kWords == 4, uint32_t, uint16_t>;  // of a lane's keys
 
   static FA_DEVICE bool is_set(Bytes bytes, int word) {
@@ -147,11 +143,54 @@ class SeenPairsOfWarp {
   }
   FA_DEVICE int query(int row) const { return min(first_query_ + row, end_query_ - 1); }
 
-  // Whether a lane's bytes of a row may be read at once.
+  // Whether a row's bytes may be read 16 at a time.
   FA_DEVICE bool is_dense(const KeepMask& mask, const uint8_t* g_mask) const {
-    return mask.block_log2 == 0 && mask.key_stride == 1 && mask.query_stride % kWords == 0 &&
-           reinterpret_cast<uintptr_t>(g_mask) % kWords == 0 && first_key_ + kKeys <= end_key_ &&
-           first_query_ + ptx::kWarpSize <= end_query_;
+    return mask.block_log2 == 0 && mask.key_stride == 1 && mask.query_stride % kUnit == 0 &&
+           reinterpret_cast<uintptr_t>(g_mask) % kUnit == 0 && first_key_ + kKeys <= end_key_;
+  }
+
+  // Of this lane's row, whose bytes begin at g_row. Every other unit comes first, and with it the
+  // one behind it into the cache.
+  FA_DEVICE void keep_row(const uint8_t* g_row) {
+    constexpr int kUnits = kKeys / kUnit;
+    const uint4* g_units = reinterpret_cast<const uint4*>(g_row);
+    uint32_t seen[kWords] = {};
+#pragma unroll 1
+    for (int first = 0; first < 2; ++first) {
+      uint4 units[kUnits / 2];
+#pragma unroll
+      for (int i = 0; i < kUnits / 2; ++i) {
+        units[i] = __ldg(g_units + 2 * i + first);
+      }
+      uint32_t of_units[kWords] = {};
+#pragma unroll
+      for (int i = 0; i < kUnits / 2; ++i) {
+        const uint32_t quads[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+#pragma unroll
+        for (int quad = 0; quad < 4; ++quad) {
+          add_quad(of_units, quads[quad], 2 * i * kUnit + 4 * quad);
+        }
+      }
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        seen[word] |= of_units[word] << (first * kUnit / kWords);
+      }
+    }
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      words_[word] &= seen[word];
+    }
+  }
+
+  // The bits of four bytes, of the keys from `key` on.
+  static FA_DEVICE void add_quad(uint32_t (&seen)[kWords], uint32_t bytes, int key) {
+    const uint32_t signs = ((bytes & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | bytes;  // set where not zero
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int bit = (key + i) / kWords;
+      const int sign = kBitsOfByte * i + kBitsOfByte - 1;
+      seen[i % kWords] |= (sign >= bit ? signs >> (sign - bit) : signs << (bit - sign)) & 1u << bit;
+    }
   }
 
   // Of a row those pairs that sees(word) says of this lane's keys.
@@ -165,17 +204,17 @@ class SeenPairsOfWarp {
   }
 
   // Of all rows; load(row) has this lane's bytes of a row.
-  template <int kAtOnce, typename Load>
+  template <typename Load>
   FA_DEVICE void keep_rows(Load&& load) {
 #pragma unroll 1
-    for (int first = 0; first < ptx::kWarpSize; first += kAtOnce) {
-      Bytes bytes[kAtOnce];
+    for (int first = 0; first < ptx::kWarpSize; first += kRowsAtOnce) {
+      Bytes bytes[kRowsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kRowsAtOnce; ++i) {
         bytes[i] = load(first + i);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kRowsAtOnce; ++i) {
         keep_row(first + i, [&](int word) { return is_set(bytes[i], word); });
       }
     }

@@ -36,7 +36,10 @@ std::unique_ptr<Managed<T>> managed(const std::vector<T>& values) {
 // What a caller may give, and where what comes of it is to be written.
 struct Side {
   Side(int batch, bool packed, bool used)
-      : cu_seqlens(batch + 1), seqused(batch), clean_cu_seqlens(batch + 1), clean_seqused(batch) {
+      : cu_seqlens(batch + 1),
+        seqused(batch + 1),
+        clean_cu_seqlens(batch + 1),
+        clean_seqused(batch + 1) {
     const int rows = draw(0, 5000);
     for (int i = 0; i <= batch; ++i) {
       const int even = static_cast<int>(int64_t{rows} * i / std::max(batch, 1));

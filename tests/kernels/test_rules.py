@@ -360,17 +360,6 @@ def test_packed_tensors_of_packed_sequences(device: str, lengths: str) -> None:
         assert_bitwise_equal("lse", lse, expected.lse)
 
 
-@pytest.mark.parametrize("length", [151, 150, 1000, torch.tensor(150)], ids=str)
-def test_the_longest_length_is_only_said(device: str, length: Any) -> None:
-    case = _case(device, dtype="bfloat16", varlen=True, bias=None)
-    inputs = make_inputs(case)
-    expected = run(case, inputs, backward=False)
-    out = flash_attn_varlen_func(
-        inputs.q, inputs.k, inputs.v, *inputs.rules.values(), length, length, deterministic=True
-    )
-    assert_bitwise_equal("out", out, expected.out)
-
-
 @pytest.mark.parametrize(
     "fields",
     [

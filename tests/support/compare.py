@@ -88,9 +88,9 @@ DOT_ROUNDOFFS_PER_TERM = 1
 # The same, once per score: the scale and log2(e) as float32, their product, its product with the
 # maximum or the LSE, and the difference. They are proportional to the scores, not to head_dim.
 DOT_ROUNDOFFS = 16
-# Once per score, of its bias: the product with log2(e), as float32, the sum with the score, and the
-# difference with the maximum or the LSE.
-BIAS_ROUNDOFFS = 8
+# Once per score, of its bias: log2(e) as float32, the product with it, the sum with the score, and
+# the difference with the maximum or the LSE.
+BIAS_ROUNDOFFS = 4
 # exp2 on the GPU errs by 2 ulp: 4. The base of the online softmax is up to 8 octaves below the
 # maximum, and an exponent between 4 and 8 is rounded by up to 2^-22 octaves: 2.8. The rounding of
 # an exponent below that is one of the scores'. Dividing by the denominator rounds twice: 2. Factors
