@@ -24,15 +24,15 @@ import itertools
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import providers
 import torch
-from timing import device_times, host_times, peak_mib, quantiles
+from timing import Run, device_times, host_times, peak_mib, quantiles
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,6 +56,8 @@ DEFAULTS: dict[str, dict[str, object]] = {
 }
 HOST_PASSES = ("fwd", "fwd_grad", "fwd_bwd")
 HOST_CALLS = {"cuda": (200, 20), "cpu": (20, 5)}  # calls between synchronisations, repeats
+
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def tensors(
     )
 
 
-def row(case: Case, options: argparse.Namespace) -> dict[str, object]:
-    described: dict[str, object] = {
+def row(case: Case, options: argparse.Namespace) -> Row:
+    described: Row = {
         "suite": case.suite,
         "pass": case.pass_name,
         "head_dim": case.head_dim,
@@ -130,17 +132,22 @@ def row(case: Case, options: argparse.Namespace) -> dict[str, object]:
     }
     if case.provider == "eager" and case.seqlen > options.eager_max_seqlen:
         return described | {"status": "left out by --eager-max-seqlen"}
+    return described | attempt(partial(measure, case, options), options.device)
+
+
+def attempt(measure: Callable[[], Row], device: str) -> Row:
+    """What it measures, or the status that says why it cannot."""
     with warnings.catch_warnings(record=True) as told:  # SDPA says there why a backend cannot run
         warnings.simplefilter("always")
         try:
-            measured = measure(case, options)
+            measured = measure()
         except (torch.OutOfMemoryError, MemoryError):
             measured = {"status": "out of memory"}
         except Exception as error:
             measured = {"status": reason(error, [str(warning.message) for warning in told])}
-    if options.device == "cuda":
+    if device == "cuda":
         torch.cuda.empty_cache()  # standard attention can leave no room for loading a kernel
-    return described | measured
+    return measured
 
 
 def reason(error: Exception, told: list[str]) -> str:
@@ -151,7 +158,7 @@ def reason(error: Exception, told: list[str]) -> str:
     return f"cannot run: {' '.join(' '.join(lines).split())}"[:300]
 
 
-def measure(case: Case, options: argparse.Namespace) -> dict[str, object]:
+def measure(case: Case, options: argparse.Namespace) -> Row:
     provider = providers.load(case.provider)
     shape = (case.batch, case.seqlen, case.heads, case.head_dim)
     made = tensors(shape, case.heads_kv, options.device, options.dtype)
@@ -178,18 +185,31 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, object]:
             calls, repeats = HOST_CALLS[options.device]
             times, status = host_times(run, drop_gradients, options.device, calls, repeats)
             return {"status": status, **milliseconds(times)}
-        out = forward()
+        regime = REGIMES[options.regime]
+        return timed(forward, dout, drop_gradients, case.flops, options.device, regime)
 
-        def backward() -> None:
-            torch.autograd.backward(out, dout, retain_graph=True)
 
-        run = forward if case.pass_name == "fwd" else backward
-        times, state = device_times(run, drop_gradients, options.device, *REGIMES[options.regime])
+def timed(
+    forward: Callable[[], Tensor],
+    dout: Tensor,
+    drop_gradients: Run,
+    flops: float,
+    device: str,
+    regime: tuple[float, float],
+) -> Row:
+    """Of the forward pass where gradients are off, else of the backward pass alone."""
+    out = forward()
+
+    def backward() -> None:
+        torch.autograd.backward(out, dout, retain_graph=True)
+
+    run = backward if torch.is_grad_enabled() else forward
+    times, state = device_times(run, drop_gradients, device, *regime)
     clock, power = ("", "") if state is None else (f"{state[0]}", f"{state[1]:.0f}")
     return {
         "status": "ok",
         **milliseconds(times),
-        "tflops": f"{case.flops / quantiles(times)[1] / 1e9:.4g}",
+        "tflops": f"{flops / quantiles(times)[1] / 1e9:.4g}",
         "sm_clock_mhz": clock,
         "power_w": power,
     }
@@ -256,25 +276,36 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def write(rows: Iterable[Row], columns: tuple[str, ...], path: Path | None) -> list[Row]:
+    """Row by row, so that an interrupted run leaves what it measured."""
+    written = []
+    with ExitStack() as stack:
+        out = stack.enter_context(path.open("w", newline="")) if path else sys.stdout
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            out.flush()
+            written.append(row)
+    failed = sum(row["status"] != "ok" for row in written)
+    if failed:
+        print(f"{failed} rows are not ok: see their status", file=sys.stderr)
+    return written
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     constants = environment(options)
-    failed = 0
-    with ExitStack() as stack:
-        out = stack.enter_context(options.out.open("w", newline="")) if options.out else sys.stdout
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        progress = tqdm(list(cases(options)), unit="row")
+    progress = tqdm(list(cases(options)), unit="row")
+
+    def rows() -> Iterator[Row]:
         for case in progress:
             progress.set_postfix_str(
                 f"{case.suite} {case.pass_name} {case.provider}", refresh=False
             )
-            written = row(case, options) | constants
-            writer.writerow(written)
-            out.flush()
-            failed += written["status"] != "ok"
-    if failed:
-        print(f"{failed} rows are not ok: see their status", file=sys.stderr)
+            yield row(case, options) | constants
+
+    write(rows(), COLUMNS, options.out)
 
 
 if __name__ == "__main__":
