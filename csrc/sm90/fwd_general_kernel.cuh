@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       ptx::prefetch_tensor_map(map);
     }
     constexpr int kHelpers = 3;  // load keys, find out pairs
-    s.work_ring.init(Traits::kMathWarps + kHelpers);
+    s.work_ring.init(Traits::kMathWarps + kHelpers, Traits::kMathWarpgroups);
     s.may_take.init(1);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
