@@ -223,9 +223,10 @@ inline constexpr int kBatchAxis = 1, kHeadAxis = 2, kQueryAxis = 4, kKeyAxis = 8
 // Elements of a bias, its gradient or a mask, and how they are broadcast.
 class ScoreArray {
  public:
-  // queries, keys: elements of these dimensions. transposed: queries are the inner one.
+  // queries, keys: elements of these dimensions. transposed: queries are the inner one. alignment:
+  // of all strides but the inner one, in elements.
   ScoreArray(int element_bytes, int axes, int batch, int heads, int queries, int keys,
-             bool transposed)
+             bool transposed, int alignment = 1)
       : element_bytes_(element_bytes), sizes_{batch, heads, queries, keys} {
     int64_t stride = 1;
     const int order[] = {transposed ? 2 : 3, transposed ? 3 : 2, 1, 0};
@@ -233,7 +234,8 @@ class ScoreArray {
       const bool present = axes != kAbsent && (axes >> dimension & 1) != 0;
       sizes_[dimension] = present ? sizes_[dimension] : 1;
       strides_[dimension] = sizes_[dimension] == 1 ? 0 : stride;
-      stride = stride * sizes_[dimension] + (present && dimension >= 2 ? 3 : 0);
+      const int gap = present && dimension >= 2 ? 3 : 0;
+      stride = round_up(stride * sizes_[dimension] + gap, int64_t{alignment});
     }
     const bool empty = axes == kAbsent || batch == 0 || queries == 0 || keys == 0;
     const int64_t last = index(sizes_[0] - 1, sizes_[1] - 1, sizes_[2] - 1, sizes_[3] - 1);
