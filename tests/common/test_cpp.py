@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The C++ tests, built by CMake: host logic under sanitizers, CPU kernels as users get them."""
+"""The C++ tests, built by CMake: host logic under sanitizers, CPU kernels as users get them, and
+under sanitizers where lengths and rules hold anything."""
 
 from __future__ import annotations
 
@@ -36,11 +37,12 @@ pytestmark = [
 ]
 
 
-def test_host_logic_under_sanitizers(tmp_path: Path) -> None:
+def test_host_logic_and_malformed_contents_under_sanitizers(tmp_path: Path) -> None:
     configure_and_build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DFA_SANITIZE=address,undefined")
-    report = run_tests(tmp_path, "^tests/(common|dispatch)/")
+    report = run_tests(tmp_path, "^tests/((common|dispatch)/|kernels/test_malformed)")
     assert "tests/common/test_window.cpp" in report
     assert "tests/dispatch/test_table.cpp" in report
+    assert "tests/kernels/test_malformed.cpp" in report
 
 
 def test_cpu_kernels_on_every_instruction_set_of_this_machine(tmp_path: Path) -> None:

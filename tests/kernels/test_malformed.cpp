@@ -55,7 +55,7 @@ const fa::RegisteredKernel& kernel(Pass pass, Dtype dtype) {
   throw std::runtime_error("no kernel");
 }
 
-void run(const MalformedCase& c) {
+void run_case(const MalformedCase& c) {
   MalformedProblem problem(c);
   HostMemory memory;
   Shape shape = problem.shape;
@@ -76,13 +76,8 @@ void run(const MalformedCase& c) {
   problem.check_statistics("delta", problem.delta);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const bool is_one = argc == 3 && std::string(argv[1]) == "--case";
-  const int first = is_one ? std::atoi(argv[2]) : 0;
-  const int count = is_one ? 1 : argc == 2 ? std::atoi(argv[1]) : kDefaultCount;
-  std::signal(SIGABRT, [](int) { print_how_to_repeat(); });
+// The exit status.
+int run_cases(int first, int count) {
   const std::vector<std::string> isas = fa::cpu::available_isas();
   int failures = 0;
   for (g_case = first; g_case < first + count; ++g_case) {
@@ -90,7 +85,7 @@ int main(int argc, char** argv) {
     const std::string& isa = isas[g_case % isas.size()];
     fa::cpu::select_isa(isa);
     try {
-      run(c);
+      run_case(c);
     } catch (const std::exception& error) {
       ++failures;
       std::fprintf(stderr, "FAILED %s: %s\n  %s\n", isa.c_str(), error.what(),
@@ -100,4 +95,14 @@ int main(int argc, char** argv) {
   }
   std::printf("%d cases, %d failures\n", count, failures);
   return count > 0 && failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::signal(SIGABRT, [](int) { print_how_to_repeat(); });
+  if (argc == 3 && std::string(argv[1]) == "--case") {
+    return run_cases(std::atoi(argv[2]), 1);
+  }
+  return run_cases(0, argc == 2 ? std::atoi(argv[1]) : kDefaultCount);
 }
