@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 PIP_QUIET := --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: demo test lint kernels clean FORCE
+.PHONY: demo test lint kernels cuda_tests fuzz clean FORCE
 
 demo: $(VENV)/.built
 	$(RUN) -m flash_attn_cuda --plot first_light.png
@@ -34,6 +34,16 @@ lint: $(VENV)/.installed
 # Every CUDA kernel for every target: fails on spills, local memory and ptxas' performance warnings.
 kernels: $(VENV)/.installed
 	$(RUN) .ci/check_kernels.py
+
+# The tests that need a GPU compile where there is none: a minute on 2 cores.
+cuda_tests: $(VENV)/.installed
+	@mkdir -p build/cuda_tests
+	$$($(RUN) -c 'import setup; print(setup.find_cuda_home())')/bin/nvcc -std=c++20 -O0 -arch=sm_90a -Icsrc -I. \
+	  -Werror=all-warnings --threads 0 -odir build/cuda_tests -c tests/device/*.cu tests/kernels/*.cu
+
+# More random problems than `make test` has: half a minute.
+fuzz: $(VENV)/.built
+	$(RUN) -m tests.fuzz --device cpu --cases 3000
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flash_attn_cuda/*.so
