@@ -58,7 +58,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     """The inverse: (total, ...) and the indices of unpad_input to (batch, seqlen, ...), with zeros
     for padding."""
     padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
-    return padded.unflatten(0, (batch, seqlen))
+    return padded.view(batch, seqlen, *padded.shape[1:])
 
 
 def unpad_input_for_concatenated_sequences(

@@ -30,21 +30,24 @@ CUtensorMap make_tensor_map(const TensorMapRequest& request) {
   static const Encode encode = find_encode();
   constexpr int kRank = 4;
   constexpr cuuint64_t kElementBytes = 2;
+  // Of an empty tensor no box is ever asked for, but sizes, strides and the address must be legal.
+  const bool is_empty = request.rows <= 0;
+  alignas(16) static char nothing[16];
+  void* data = is_empty ? nothing : request.view.data;
+  const int heads = is_empty ? 1 : request.heads;
+  const int batch = is_empty ? 1 : request.batch;
   const auto extent = [](int size) { return static_cast<cuuint64_t>(max(size, 1)); };
   // The stride of a dimension of size 1 is never used, but must be legal.
   const auto bytes = [&](int64_t stride, int size) {
     return size > 1 ? kElementBytes * static_cast<cuuint64_t>(stride) : cuuint64_t{16};
   };
-  const cuuint64_t sizes[kRank] = {extent(request.cols), extent(request.rows),
-                                   extent(request.heads), extent(request.batch)};
+  const cuuint64_t sizes[kRank] = {extent(request.cols), extent(request.rows), extent(heads),
+                                   extent(batch)};
   const cuuint64_t strides[kRank - 1] = {bytes(request.view.row_stride, request.rows),
-                                         bytes(request.view.head_stride, request.heads),
-                                         bytes(request.view.batch_stride, request.batch)};
+                                         bytes(request.view.head_stride, heads),
+                                         bytes(request.view.batch_stride, batch)};
   const cuuint32_t box[kRank] = {64, static_cast<cuuint32_t>(request.box_rows), 1, 1};
   const cuuint32_t element_strides[kRank] = {1, 1, 1, 1};
-  // Of an empty tensor no box is ever asked for, but the address must not be null.
-  alignas(16) static char nothing[16];
-  void* data = request.rows > 0 ? request.view.data : nothing;
   CUtensorMap map;
   const CUresult status =
       encode(&map,

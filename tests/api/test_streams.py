@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn_cuda import flash_attn_func
+from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
 from tests.support.compare import assert_bitwise_equal, assert_within_bound, expected_with_bounds
 
 pytestmark = pytest.mark.gpu
@@ -181,3 +181,94 @@ def test_replays_share_the_work_of_their_own_graph_alone(head_dim: int) -> None:
             differ[0] |= _differ(out, expected_in_graph)
     torch.cuda.synchronize()
     assert not differ.any()
+
+
+# What may change between replays of a graph: values of these tensors.
+def _lengths(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(0, 601, (2, 4), generator=generator).sort(dim=1).values
+    first_rows = torch.nn.functional.pad(cuts, (1, 1))
+    first_rows[:, -1] = 600
+    return dict(zip(("cu_seqlens_q", "cu_seqlens_k"), first_rows.int().cuda(), strict=True))
+
+
+def _padding(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 301, (2, 2), generator=generator).int().cuda()
+    return {"seqlens_q": lengths[0], "seqlens_k": lengths[1]}
+
+
+def _masks(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.randn(4, 300, 300, generator=generator)
+    documents = torch.randint(0, 6, (2, 300), generator=generator).sort(dim=1).values
+    mask = torch.rand(2, 1, 300, 300, generator=generator) < 0.7
+    return {
+        "attn_bias": bias.to("cuda", torch.bfloat16).requires_grad_(),
+        "attn_mask": mask.cuda(),
+        "document_ids": documents.int().cuda(),
+        "prefix_lens": torch.randint(0, 200, (2,), generator=generator).int().cuda(),
+    }
+
+
+RULES = {"lengths": _lengths, "padding": _padding, "masks": _masks}
+
+
+def _ruled_step(qkv: list[Tensor], rules: dict[str, Tensor]) -> list[Tensor]:
+    """out and all gradients, that of a bias too."""
+    if "cu_seqlens_q" in rules:
+        packed = [x.flatten(0, 1) for x in qkv]
+        out = flash_attn_varlen_func(*packed, **rules, causal=True, deterministic=True)
+    else:
+        out = flash_attn_func(*qkv, **rules, causal=True, deterministic=True)
+    inputs = [*qkv, *(x for x in rules.values() if x.requires_grad)]
+    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", RULES)
+def test_a_captured_graph_follows_lengths_and_masks(kind: str, head_dim: int) -> None:
+    qkv = _qkv(head_dim=head_dim)
+    rules = RULES[kind](0)
+    _ruled_step(qkv, rules)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _ruled_step(qkv, rules)
+    for seed in range(10):
+        for name, value in RULES[kind](seed).items():
+            rules[name].detach().copy_(value.detach())
+        for result in captured:
+            result.fill_(float("nan"))
+        graph.replay()
+        for got, expected in zip(captured, _ruled_step(qkv, rules), strict=True):
+            assert_bitwise_equal(f"{kind} {seed}", got, expected)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_host_does_not_wait_for_lengths_and_masks(kind: str) -> None:
+    qkv, rules = _qkv(), RULES[kind](0)
+    _ruled_step(qkv, rules)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _ruled_step(qkv, rules)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_lengths_and_masks_on_two_streams_at_once(kind: str) -> None:
+    qkv = _qkv()
+    all_rules = [RULES[kind](seed) for seed in range(2)]
+    expected = [_ruled_step(qkv, rules) for rules in all_rules]
+    streams = [torch.cuda.Stream() for _ in all_rules]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        got = []
+        for stream, rules in zip(streams, all_rules, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(_ruled_step(qkv, rules))
+        torch.cuda.synchronize()
+        for results, wanted in zip(got, expected, strict=True):
+            for actual, right in zip(results, wanted, strict=True):
+                assert_bitwise_equal(kind, actual, right)

@@ -95,8 +95,9 @@ def test_no_keys_at_all(device: str) -> None:
     assert (run(case, make_inputs(case), backward=True).dq == 0).all()
 
 
-def test_no_queries_at_all(device: str) -> None:
-    case = Case(seqlen_q=0, dlse=True).on(device)
+@pytest.mark.parametrize("layout", ["bshd", "sliced", "strided_dim"])
+def test_no_queries_at_all(device: str, layout: str) -> None:
+    case = Case(seqlen_q=0, layout=layout, dlse=True).on(device)
     results = run(case, make_inputs(case), backward=True)
     assert (results.dk == 0).all()
     assert (results.dv == 0).all()

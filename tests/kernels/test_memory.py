@@ -60,6 +60,31 @@ def test_cuda_memory_is_linear_in_seqlen(backward: bool) -> None:
     assert torch.cuda.max_memory_allocated() - before < ALLOWED_BYTES
 
 
+def _rules(kind: str) -> dict[str, Tensor]:
+    half = torch.tensor([SEQLEN // 2], device="cuda", dtype=torch.int32)
+    if kind == "lengths":
+        return {"seqlens_q": half, "seqlens_k": half}
+    if kind == "documents":
+        ids = torch.arange(SEQLEN, device="cuda", dtype=torch.int32)[None] // 1000
+        return {"document_ids": ids, "prefix_lens": half}
+    blocks = SEQLEN // 128
+    return {"block_mask": torch.rand(blocks, blocks, device="cuda") < 0.3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", ["lengths", "documents", "blocks"])
+def test_rules_need_no_matrix(kind: str, backward: bool) -> None:
+    x = torch.randn(1, SEQLEN, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=backward)
+    rules = _rules(kind)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = flash_attn_func(x, x, x, causal=True, **rules)
+    if backward:
+        out.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < ALLOWED_BYTES
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
