@@ -30,11 +30,12 @@ from tests.support.compare import (
 from tests.support.suite import DTYPES
 
 # The CPU's kernels run every head_dim alike; each CUDA kernel has its own tiles.
+CUDA_HEAD_DIMS = (64, 96, 128, 192, 256, 512)
 on_head_dims = pytest.mark.parametrize(
     ("device", "head_dim"),
     [
         ("cpu", 32),
-        *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (64, 96, 128, 192, 256, 512)),
+        *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in CUDA_HEAD_DIMS),
     ],
 )
 NAMES = [field.name for field in dataclasses.fields(Results)]
@@ -68,7 +69,7 @@ on_rules = pytest.mark.parametrize("rules", RULES.values(), ids=list(RULES))
 
 
 def _case(device: str, head_dim: int = 32, **fields: Any) -> Case:
-    plain = {"seqlen_q": 150, "seqlen_k": 150, "heads": 4, "bias": "bhqk", "dlse": True}
+    plain = {"seqlen_q": 150, "seqlen_k": 150, "heads": 4, "bias": "bhqk", "dlse": True, "seed": 1}
     return Case(**{**plain, **fields}, head_dim=head_dim, deterministic=True).on(device)
 
 
@@ -121,6 +122,16 @@ def test_what_a_query_does_not_see_changes_no_bit_of_its_row(
         assert_bitwise_equal(name, getattr(after, name)[blind], getattr(before, name)[blind])
     lse_after, lse_before = (x.lse.transpose(1, 2)[blind] for x in (after, before))
     assert_bitwise_equal("lse", lse_after, lse_before)
+
+
+@on_rules
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+def test_every_case_hides_pairs(head_dim: int, rules: dict[str, Any]) -> None:
+    """Lengths and prefixes are drawn after the values, so that they differ by head_dim."""
+    case = _case("cpu", head_dim, **rules)
+    inputs = make_inputs(case)
+    assert inputs.bias.isnan().any() or case.bias_data == "holes"
+    assert not _visible(case, inputs).all()
 
 
 @on_rules
