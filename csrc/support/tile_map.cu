@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block, for neighbouring tiles of keys
 constexpr int kThreads = kWarps * ptx::kWarpSize;
+constexpr int kBlocks = 4;  // of a multiprocessor: for more, ptxas has registers for too few bytes
 
 // What two rules that must both allow a pair say together.
 FA_DEVICE constexpr TileClass both(TileClass a, TileClass b) { return a < b ? a : b; }
@@ -151,7 +152,7 @@ FA_DEVICE TileClass class_by_data(const ScoreRules& rules, int batch, int head, 
 }
 
 // The scheduler's tile is kWarps tiles of keys, its batch is the number of a tile of queries.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     flash_tile_map(const __grid_constant__ TileMapParams params, const TileScheduler scheduler) {
   const Shape& shape = params.shape;
   const WorkTile item = scheduler.at(scheduler.first + blockIdx.x);
