@@ -57,7 +57,7 @@ $(VENV)/.installed: .ci/requirements.txt
 
 # Where there is an NVIDIA driver and no CUDA toolkit, setup.py names the packages that bring nvcc.
 $(VENV)/.built: $(VENV)/.installed $(VENV)/.knobs $(SOURCES)
-	@echo 'compiling flash_attn_cuda: three minutes on 2 cores'
+	@echo 'compiling flash_attn_cuda: five minutes on 2 cores'
 	@missing=$$($(RUN) -c 'import setup; print(*setup.plan()[0])') && \
 	  { test -z "$$missing" || $(RUN) -m pip install $(PIP_QUIET) $$missing; }
 	@$(RUN) -m pip install -v --no-build-isolation --no-deps -e . >$(VENV)/build.log 2>&1 || \

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -160,12 +161,13 @@ def test_every_size_of_shared_memory_runs_every_problem_and_every_built_row_is_c
     for compute_capability, smem_opt_in, family in devices:
         for pass_name in ("fwd", "bwd"):
             for dtype in ("bfloat16", "float16"):
-                for head_dim in range(1, 513):
+                for head_dim, general_scores in itertools.product(range(1, 513), (False, True)):
                     with only(family):
                         decision = decide(
                             pass_name=pass_name,
                             dtype=dtype,
                             head_dim=head_dim,
+                            general_scores=general_scores,
                             compute_capability=compute_capability,
                             smem_opt_in=smem_opt_in,
                         )
