@@ -106,6 +106,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       if (maps.loads_bias) {
         bias_at.wait(s.bias_ring[warpgroup]);
         add_bias(r_scores, softmax_scale, s.bias[warpgroup], row_of_warp);
+        ptx::fence_async_proxy();  // TMA, which writes there next, overtakes loads under way
         __syncwarp();
         bias_at.release(s.bias_ring[warpgroup]);
         bias_at.advance();
