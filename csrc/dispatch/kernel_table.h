@@ -66,9 +66,11 @@ struct KernelConfig {
     }
     const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
     if (family == Family::kSm90) {
-      // The next k and v too, and ds twice, but no p; or, in wide rows, p and ds twice.
-      const int tiles_of_keys = is_wide() ? 2 : 4;
-      const int tiles_of_scores = is_wide() ? 4 : 2;
+      // The next k and v too, and ds twice, but no p. In wide rows p and ds twice, in general ones
+      // ds and a 16-bit bias, and no room for the next k and v.
+      const bool is_plain = !is_wide() && score == ScoreMode::kPlain;
+      const int tiles_of_keys = is_plain ? 4 : 2;
+      const int tiles_of_scores = is_plain ? 2 : 4;
       return (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
               tiles_of_scores * tile_m * tile_n) *
                  element_bytes +
@@ -137,6 +139,12 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,  192, kWindow, kPlain,     64,   64, 16, 1},
   {kSm90, kBackward, kBFloat16, 256, kWindow, kPlain,     64,   64, 16, 1},
   {kSm90, kBackward, kFloat16,  256, kWindow, kPlain,     64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16,  64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16,  96, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   96, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 128, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,  128, kWindow, kGeneral,   64,  128, 12, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},
