@@ -2,24 +2,23 @@
 // What those who load tell those who compute of a tile of queries, beside the tile itself.
 #pragma once
 
-#include <climits>
+#include <cstdint>
 
 #include "common/scheduler.h"
 #include "common/types.h"
 
 namespace fa {
 
-// Where an item has no tile to compute, one that does not exist is its first and last.
 struct ToldTile {
+  int64_t index;  // in the workspace
   int head;
   int bits;
 
-  FA_HOST_DEVICE static constexpr ToldTile none() { return {0, INT_MIN | 1}; }
-  FA_HOST_DEVICE static constexpr ToldTile of(const QueryTile& tile, bool is_mixed, bool is_last) {
-    return {tile.head, tile.tile * 4 + (is_mixed ? 2 : 0) + (is_last ? 1 : 0)};
+  FA_HOST_DEVICE static constexpr ToldTile of(int64_t index, const QueryTile& tile, bool is_mixed,
+                                              bool is_last) {
+    return {index, tile.head, tile.tile * 4 + (is_mixed ? 2 : 0) + (is_last ? 1 : 0)};
   }
-  FA_HOST_DEVICE constexpr bool exists() const { return bits >= 0; }
-  FA_HOST_DEVICE constexpr QueryTile tile() const { return {head, bits / 4}; }
+  FA_HOST_DEVICE constexpr int tile() const { return bits / 4; }
   // Whether some of its pairs may be hidden, or do not exist.
   FA_HOST_DEVICE constexpr bool is_mixed() const { return (bits & 2) != 0; }
   FA_HOST_DEVICE constexpr bool is_last() const { return (bits & 1) != 0; }

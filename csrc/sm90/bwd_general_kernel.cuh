@@ -2,8 +2,8 @@
 // Backward on Hopper under the rules of common/score_rules.h, but for the gradient of a bias. As
 // bwd_kernel.cuh, with these differences:
 //   The warp that loads queries walks the tiles of queries that see some of the keys
-//   (bwd_general_work.cuh), and tells of each with its queries. Those who compute look at no map,
-//   and leave an item with the tile that is told to be its last.
+//   (bwd_general_work.cuh), and tells whether an item has any, and of each with its queries. Those
+//   who compute look at no map, and leave an item with the tile that is told to be its last.
 //   Of a mixed tile each lane finds out which of its pairs are seen (seen_queries.cuh), while the
 //   products that give their scores run.
 //   A bias of the inputs' dtype with consecutive keys comes by TMA, with the queries. Any other
@@ -14,13 +14,13 @@
 //   work          warp 0   all others
 //   keys          warp 0   those who compute, until dk and dv have left: which they wait for when
 //                          they know of the next item, and before they wait for its keys
+//   visible       warp 1   those who compute: whether the work has any tile. Free with the work
 //   q             warp 1   those who compute; with statistics and bias
 //   dout          warp 1   those who compute
 //   ds            those who compute, for each other
 //   turn          warp 2   those who compute, to add to dq
 //   added         those who compute, for warp 3
-// The last four have a stage for each tile of queries and advance together. So has q, and one more
-// for an item without any tile.
+// The last five have a stage for each tile of queries and advance together.
 //
 // Deterministic: as in the plain kernel, but that tiles of keys in which none of the queries sees
 // any have no turn.
@@ -65,8 +65,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<Traits::kKeyStages> keys_at;
-  device::RingPosition<kBwdStages> q_at;
-  device::RingPosition<kBwdStages> at;  // of dout and of ds
+  device::RingPosition<kBwdStages> at;  // of what there is of each tile of queries
   // dk and dv leave from the shared memory of their keys, and that is free when TMA has read them.
   bool is_leaving = false;
   const auto finish_store = [&] {
@@ -77,10 +76,6 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       keys_at.release_previous(s.keys_ring);
     }
     is_leaving = false;
-  };
-  const auto told = [&]() -> ToldTile {
-    const ToldTile& s_told = s.told[q_at.stage()];
-    return {ptx::uniform(s_told.head), ptx::uniform(s_told.bits)};
   };
 
   for (;; work_at.release(s.work_ring), work_at.advance()) {
@@ -99,7 +94,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     KeyGradient r_dv;
     r_dk.clear();
     r_dv.clear();
-    QueryTile late = {-1, 0};  // the tile before, of which dq is still to be added; if any
+    int64_t late = -1;  // index of the tile before, of which dq is still to be added; if any
     const auto issue_dq = [&](Dq& r_dq) {
       at.wait_previous(s.ds_ring);
       ptx::wgmma_fence();
@@ -112,8 +107,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       if (is_deterministic) {
         at.wait_previous(s.turn_ring);
       }
-      const int64_t index = params.workspace.index(late.head, s_work.first_query_tile + late.tile);
-      add_dq<Traits>(dq_lane<Traits>(params.workspace.dq_sum(index), warpgroup), warpgroup, r_dq);
+      add_dq<Traits>(dq_lane<Traits>(params.workspace.dq_sum(late), warpgroup), warpgroup, r_dq);
       if (is_deterministic) {
         __syncwarp();  // all lanes have added
         if (ptx::lane_index() == 0) {
@@ -122,20 +116,18 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       }
     };
 
-    q_at.wait(s.q_ring);
-    bool is_last = !told().exists();
-    if (is_last) {
-      __syncwarp();  // all lanes have read it
-      q_at.release(s.q_ring);
-      q_at.advance();
-    } else {
+    work_at.wait(s.visible_ring);
+    bool is_last = !s_work.has_visible_tiles;
+    if (!is_last) {
+      at.wait(s.q_ring);
       at.wait(s.dout_ring);
     }
     while (!is_last) {
-      const ToldTile tile = told();
-      auto& s_q = s.q[q_at.stage()];
+      const ToldTile& s_told = s.told[at.stage()];
+      const ToldTile tile = {s_told.index, ptx::uniform(s_told.head), ptx::uniform(s_told.bits)};
+      auto& s_q = s.q[at.stage()];
       auto& s_dout = s.dout[at.stage()];
-      const auto& s_statistics = s.statistics[q_at.stage()];
+      const auto& s_statistics = s.statistics[at.stage()];
       is_last = tile.is_last();
 
       Scores r_p;
@@ -147,7 +139,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, warpgroup_row, s_dout);
       ptx::wgmma_commit();
 
-      const int first_query = tile.tile().tile * kTileM;
+      const int first_query = tile.tile() * kTileM;
       SeenQueries<Scores> seen;
       if (tile.is_mixed()) {
         seen.find(rules, s_work.prefix_window(),
@@ -170,7 +162,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
       if (maps.loads_bias) {
-        add_transposed_bias(r_p, softmax_scale, s.bias[q_at.stage()], warp_row);
+        add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], warp_row);
       } else if (has_bias) {
         add_bias_of_lane(r_p, softmax_scale, s.bias_of_lane(warp_row));
       }
@@ -227,19 +219,18 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       at.release(s.dout_ring);
       // Ahead of the additions, for they hold up what waits for anything after them.
       if (!is_last) {
-        q_at.wait_next(s.q_ring);
+        at.wait_next(s.q_ring);
         at.wait_next(s.dout_ring);
       }
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_dq.r[0]);
-      if (late.head >= 0) {
+      if (late >= 0) {
         finish_dq(r_dq);
       }
-      late = tile.tile();
+      late = tile.index;
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_dk.r[0]);
-      q_at.release(s.q_ring);
-      q_at.advance();
+      at.release(s.q_ring);
       at.advance();
     }
 
@@ -253,7 +244,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
                   rows_of(params.dv, params.shape.head_dim_v), warpgroup_barrier);
-    if (late.head >= 0) {
+    if (late >= 0) {
       Dq r_dq;
       issue_dq(r_dq);
       ptx::wgmma_wait<0>();
@@ -287,6 +278,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     const int helpers = params.workspace.turns != nullptr ? 3 : 1;  // load queries, keep turns
     s.work_ring.init(Traits::kMathWarps + helpers, Traits::kMathWarpgroups);
+    s.visible_ring.init(1);
     s.turn_ring.init(1);
     s.added_ring.init(1, Traits::kMathWarps);
     s.may_take.init(1);

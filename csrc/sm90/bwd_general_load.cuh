@@ -30,26 +30,18 @@ FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
 }
 
 // Loads the tiles of queries that see some of the keys, with dout, statistics and bias, and tells
-// of each with its queries, by one warp. Where an item has none, a stage without queries says so,
-// and the other rings have no stage for it.
+// of each with its queries, by one warp. Before it tells whether an item has any.
 template <typename Traits>
 FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTensorMaps& maps,
                                     typename Traits::SharedMemory& s) {
   constexpr int kTileM = Traits::kTileM;
   device::RingPosition<kWorkStages> work_at;
-  device::RingPosition<kBwdStages> q_at;
   device::RingPosition<kBwdStages> at;
   device::RingPosition<1> may_take_at;
   Landing landing = {s.landings[1]};
-  const auto tell = [&](const ToldTile& tile) {
-    q_at.wait_empty(s.q_ring);
-    if (ptx::lane_index() == 0) {
-      s.told[q_at.stage()] = tile;
-    }
-  };
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
-    const auto& s_work = s.work[work_at.stage()];
+    auto& s_work = s.work[work_at.stage()];
     if (s_work.is_end()) {
       break;
     }
@@ -63,36 +55,33 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
         }
       }
     };
-    if (tiles.done()) {
-      let_take(true);
-      tell(ToldTile::none());
-      if (ptx::lane_index() == 0) {
-        q_at.fill(s.q_ring);
-      }
-      __syncwarp();
-      q_at.advance();
+    let_take(tiles.done());
+    if (ptx::lane_index() == 0) {
+      s_work.has_visible_tiles = !tiles.done();
+      work_at.fill(s.visible_ring);
     }
     while (!tiles.done()) {
       const QueryTile tile = tiles.current();
+      const int64_t index = params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
       const bool is_mixed = tiles.is_mixed();
       tiles.advance();
       let_take(tiles.has_at_most(kQueryTilesToTakeAhead - 1));
-      tell(ToldTile::of(tile, is_mixed, tiles.done()));
       const int first_query = tile.tile * kTileM;
       const int keep = rows_to_keep(params.queries, s_work.queries, first_query, kTileM);
       const int row = s_work.queries.begin + first_query;
       const int batch = s_work.batch_of_queries(params);
-      auto& s_q = s.q[q_at.stage()];
-      auto& s_bias = s.bias[q_at.stage()];
-      auto& s_statistics = s.statistics[q_at.stage()];
+      auto& s_q = s.q[at.stage()];
       auto& s_dout = s.dout[at.stage()];
+      auto& s_bias = s.bias[at.stage()];
+      auto& s_statistics = s.statistics[at.stage()];
+      at.wait_empty(s.q_ring);
+      if (ptx::lane_index() == 0) {
+        s.told[at.stage()] = ToldTile::of(index, tile, is_mixed, tiles.done());
+      }
       fill_stage(
-          s.q_ring, q_at,
-          sizeof(s_q) + sizeof(s_statistics) + (maps.loads_bias ? sizeof(s_bias) : 0),
+          s.q_ring, at, sizeof(s_q) + sizeof(s_statistics) + (maps.loads_bias ? sizeof(s_bias) : 0),
           keep < kTileM, landing,
           [&](uint64_t& s_barrier) {
-            const int64_t index =
-                params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
             copy_rows(s_q, 0, s_barrier, maps.q, row, tile.head, batch);
             ptx::bulk_load(&s_statistics, params.workspace.lse_log2(index), sizeof(s_statistics),
                            s_barrier);
@@ -102,7 +91,6 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
             }
           },
           [&](int lane) { clear_rows<ptx::kWarpSize>(s_q, keep, lane); });
-      q_at.advance();
       fill_stage(
           s.dout_ring, at, sizeof(s_dout), keep < kTileM, landing,
           [&](uint64_t& s_barrier) {
@@ -131,7 +119,7 @@ FA_DEVICE void keep_turns_of_visible(const BwdParams& params, typename Traits::S
     VisibleQueryTiles<Traits::kTileM, Traits::kTileN> tiles(params, s_work);
     for (; !tiles.done(); tiles.advance(), at.advance()) {
       const QueryTile tile = tiles.current();
-      const int turn = begins ? tiles.turn() : 0;
+      const int turn = begins ? s_work.turn(params.tile_map, tile) : 0;
       if (ptx::lane_index() == 0) {
         int* g_turn = params.workspace.turn(
             params.workspace.index(tile.head, s_work.first_query_tile + tile.tile));

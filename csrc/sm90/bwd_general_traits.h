@@ -13,7 +13,7 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Base = NarrowBwdTraits<kRow>;
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
-  using Work = GeneralBwdWork<Base::kTileN>;
+  using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
   static constexpr int kKeyStages = 1;  // for there is a bias too
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
@@ -25,7 +25,8 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     ScoreTile bias[kBwdStages];
     typename Base::Statistics statistics[kBwdStages];
     device::Ring<kWorkStages> work_ring;
-    device::Ring<1> may_take;  // the next item
+    device::Ring<kWorkStages> visible_ring;  // whether it has visible tiles
+    device::Ring<1> may_take;                // the next item
     device::Ring<kKeyStages> keys_ring;
     device::Ring<kBwdStages> q_ring;  // and statistics, bias and what is told of the tile
     device::Ring<kBwdStages> dout_ring;

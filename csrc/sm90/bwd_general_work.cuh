@@ -2,16 +2,20 @@
 // What the blocks of the general backward kernel work on, and which tiles of queries that is.
 #pragma once
 
-#include "common/score_rules.h"
+#include "common/key_tiles.h"
 #include "device/seen_tiles.cuh"
 #include "sm90/bwd_work.cuh"
 
 namespace fa::sm90 {
 
-// In shared memory: `seeing` counts queries that see a key through the prefix alone, too.
-template <int kTileN>
+// In shared memory, with what those who walk its tiles would have to compute again and again.
+template <int kTileM, int kTileN>
 struct GeneralBwdWork : BwdWork {
   int prefix;
+  Range heads;        // of queries
+  Range query_tiles;  // in which the window or the prefix let some query see a key
+  // Whether there is a tile that nothing hides. By the warp that loads queries, when it has looked.
+  bool has_visible_tiles;
 
   // By one warp.
   FA_DEVICE void write(const BwdParams& params, const BwdWork& work) {
@@ -21,12 +25,33 @@ struct GeneralBwdWork : BwdWork {
     static_cast<BwdWork&>(*this) = work;
     if (!work.is_end()) {
       const PrefixWindow of_batch(params.rules, work.window, work.tile.batch);
+      const Range queries = of_batch.queries_seeing_any({work.first_key, work.first_key + kTileN});
       prefix = of_batch.prefix();
-      seeing = of_batch.queries_seeing_any({work.first_key, work.first_key + kTileN});
+      heads.begin = work.tile.head * params.shape.group_size();
+      heads.end = heads.begin + params.shape.group_size();
+      query_tiles.begin = queries.begin / kTileM;
+      query_tiles.end = queries.empty() ? query_tiles.begin : ceil_div(queries.end, kTileM);
     }
   }
 
   FA_DEVICE PrefixWindow prefix_window() const { return {window, prefix}; }
+  FA_DEVICE int key_tile() const { return first_key / kTileN; }
+
+  FA_DEVICE TileClass class_at(const TileMap& map, const QueryTile& at) const {
+    return device::TileClasses<kTileM, kTileN>(map, prefix_window(), first_query_tile)
+        .at(at.head, at.tile, key_tile());
+  }
+
+  // By one warp: how many tiles of keys behind this one add to a tile of queries before it does,
+  // those in which one of the queries sees a key.
+  FA_DEVICE int turn(const TileMap& map, const QueryTile& at) const {
+    if (map.classes == nullptr) {
+      return turn_of_key_tile(prefix_window(), at.tile, kTileM, key_tile(), kTileN);
+    }
+    const TileClass* g_row = map.row(at.head, first_query_tile + at.tile);
+    return device::count_if(key_tile() + 1, ceil_div(keys.length, kTileN),
+                            [&](int other) { return g_row[other] != TileClass::kHidden; });
+  }
 };
 
 // By one warp: the tiles of queries of all heads that share a tile of keys, without those in which
@@ -35,14 +60,15 @@ struct GeneralBwdWork : BwdWork {
 template <int kTileM, int kTileN>
 class VisibleQueryTiles {
  public:
-  // s_work: as long as this is in use.
-  FA_DEVICE VisibleQueryTiles(const BwdParams& params, const GeneralBwdWork<kTileN>& s_work)
-      : params_(params), s_work_(s_work) {
-    next_ = {first_head(), begin()};
-    if (s_work.seeing.empty()) {
-      next_.head = end_head();
-    }
-    ahead_ = class_ahead();
+  using Work = GeneralBwdWork<kTileM, kTileN>;
+
+  // s_work: for as long as this is in use.
+  FA_DEVICE VisibleQueryTiles(const BwdParams& params, const Work& s_work)
+      : map_(params.tile_map),
+        s_work_(s_work),
+        next_{s_work.query_tiles.empty() ? s_work.heads.end : s_work.heads.begin,
+              s_work.query_tiles.begin},
+        ahead_(class_ahead()) {
     look();
   }
 
@@ -53,49 +79,30 @@ class VisibleQueryTiles {
   // Whether at most so many are left, the current one included. It may say no where there are, but
   // not when done.
   FA_DEVICE bool has_at_most(int tiles) const {
-    return next_.head == end_head() && __popc(visible_) <= tiles;
+    return next_.head == s_work_.heads.end && __popc(visible_) <= tiles;
   }
   FA_DEVICE void advance() {
     visible_ &= visible_ - 1;
     look();
   }
 
-  // How many tiles of keys behind this one add to the current tile before it does: those in which
-  // one of its queries sees a key.
-  FA_DEVICE int turn() const {
-    const QueryTile tile = current();
-    const Range queries = {tile.tile * kTileM, (tile.tile + 1) * kTileM};
-    const auto classes = tile_classes();
-    const int end = ceil_div(classes.window().keys_seen_by_any(queries).end, kTileN);
-    return device::count_if(key_tile() + 1, end, [&](int other) {
-      return classes.any_seen(tile.head, tile.tile, other);
-    });
-  }
-
  private:
   FA_DEVICE int bit() const { return __ffs(static_cast<int>(visible_)) - 1; }
-  FA_DEVICE int first_head() const { return s_work_.tile.head * params_.shape.group_size(); }
-  FA_DEVICE int end_head() const { return first_head() + params_.shape.group_size(); }
-  FA_DEVICE int begin() const { return s_work_.seeing.begin / kTileM; }
-  FA_DEVICE int end() const { return ceil_div(s_work_.seeing.end, kTileM); }
-  FA_DEVICE int key_tile() const { return s_work_.first_key / kTileN; }
-  FA_DEVICE device::TileClasses<kTileM, kTileN> tile_classes() const {
-    return {params_.tile_map, s_work_.prefix_window(), s_work_.first_query_tile};
-  }
 
   // Of this lane's tile of the next ones.
   FA_DEVICE TileClass class_ahead() const {
-    const int tile = next_.tile + ptx::lane_index();
-    return next_.head < end_head() && tile < end() ? tile_classes().at(next_.head, tile, key_tile())
-                                                   : TileClass::kHidden;
+    const QueryTile at = {next_.head, next_.tile + ptx::lane_index()};
+    return at.head < s_work_.heads.end && at.tile < s_work_.query_tiles.end
+               ? s_work_.class_at(map_, at)
+               : TileClass::kHidden;
   }
 
   FA_DEVICE void look() {
-    while (visible_ == 0 && next_.head < end_head()) {
+    while (visible_ == 0 && next_.head < s_work_.heads.end) {
       first_ = next_;
       next_.tile += ptx::kWarpSize;
-      if (next_.tile >= end()) {
-        next_ = {first_.head + 1, begin()};
+      if (next_.tile >= s_work_.query_tiles.end) {
+        next_ = {next_.head + 1, s_work_.query_tiles.begin};
       }
       const TileClass tile_class = ahead_;
       ahead_ = class_ahead();
@@ -106,8 +113,8 @@ class VisibleQueryTiles {
     }
   }
 
-  const BwdParams& params_;
-  const GeneralBwdWork<kTileN>& s_work_;
+  const TileMap& map_;
+  const Work& s_work_;
   QueryTile next_;   // the first one not looked at
   TileClass ahead_;  // of this lane's next one
   QueryTile first_;  // of those looked at, as bits:
