@@ -2,19 +2,17 @@
 // What those who load tell those who compute of a tile of queries, beside the tile itself.
 #pragma once
 
-#include <cstdint>
-
 #include "common/scheduler.h"
 #include "common/types.h"
 
 namespace fa {
 
 struct ToldTile {
-  int64_t index;  // in the workspace
+  int index;  // in the workspace, of which each has some kilobytes
   int head;
   int bits;
 
-  FA_HOST_DEVICE static constexpr ToldTile of(int64_t index, const QueryTile& tile, bool is_mixed,
+  FA_HOST_DEVICE static constexpr ToldTile of(int index, const QueryTile& tile, bool is_mixed,
                                               bool is_last) {
     return {index, tile.head, tile.tile * 4 + (is_mixed ? 2 : 0) + (is_last ? 1 : 0)};
   }

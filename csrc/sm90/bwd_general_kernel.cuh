@@ -63,19 +63,11 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   const float scale_log2 = has_bias ? kLog2E : softmax_scale * kLog2E;  // what is left to do
   const bool is_deterministic = params.workspace.turns != nullptr;
   const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
-  device::RingPosition<kWorkStages> work_at;
-  device::RingPosition<Traits::kKeyStages> keys_at;
-  device::RingPosition<kBwdStages> at;  // of what there is of each tile of queries
-  // dk and dv leave from the shared memory of their keys, and that is free when TMA has read them.
-  bool is_leaving = false;
-  const auto finish_store = [&] {
-    if (is_leaving) {
-      if (thread == 0) {
-        ptx::tma_wait_read();
-      }
-      keys_at.release_previous(s.keys_ring);
-    }
-    is_leaving = false;
+  device::RingPosition<kWorkStages> work_at;  // and, with fewer stages, of keys
+  device::RingPosition<kBwdStages> at;        // of what there is of each tile of queries
+  const auto keys_at = [&] { return work_at.template in_ring_of<Traits::kKeyStages>(); };
+  const auto is_first_thread = [] {
+    return ptx::opaque(threadIdx.x) % device::kWarpgroupThreads == 0;
   };
 
   for (;; work_at.release(s.work_ring), work_at.advance()) {
@@ -84,17 +76,23 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     if (s_work.is_end()) {
       break;
     }
-    finish_store();
+    if (!work_at.is_first()) {
+      // dk and dv leave from the shared memory of their keys, which is free when TMA has read them.
+      if (is_first_thread()) {
+        ptx::tma_wait_read();
+      }
+      keys_at().release_previous(s.keys_ring);
+    }
     const int first_key = ptx::uniform(s_work.first_key);
-    auto& s_k = s.keys[keys_at.stage()].k;
-    auto& s_v = s.keys[keys_at.stage()].v;
-    keys_at.wait(s.keys_ring);
+    auto& s_k = s.keys[keys_at().stage()].k;
+    auto& s_v = s.keys[keys_at().stage()].v;
+    keys_at().wait(s.keys_ring);
 
     KeyGradient r_dk;  // without softmax_scale
     KeyGradient r_dv;
     r_dk.clear();
     r_dv.clear();
-    int64_t late = -1;  // index of the tile before, of which dq is still to be added; if any
+    int late = -1;  // index of the tile before, of which dq is still to be added; if any
     const auto issue_dq = [&](Dq& r_dq) {
       at.wait_previous(s.ds_ring);
       ptx::wgmma_fence();
@@ -129,21 +127,20 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       auto& s_dout = s.dout[at.stage()];
       const auto& s_statistics = s.statistics[at.stage()];
       is_last = tile.is_last();
+      // Else where the keys' rows lie would be kept in registers, one for each step of the
+      // products.
+      const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
       Scores r_p;
       ptx::wgmma_fence();
-      device::issue_abt<kHeadDim>(r_p, s_k, warpgroup_row, s_q);
+      device::issue_abt<kHeadDim>(r_p, s_k, key_row, s_q);
       ptx::wgmma_commit();
-      Scores r_ds;  // dp, then ds
-      ptx::wgmma_fence();
-      device::issue_abt<kHeadDim>(r_ds, s_v, warpgroup_row, s_dout);
-      ptx::wgmma_commit();
-
       const int first_query = tile.tile() * kTileM;
       SeenQueries<Scores> seen;
       if (tile.is_mixed()) {
         seen.find(rules, s_work.prefix_window(),
-                  {s_work.tile.batch, tile.head, first_query, first_key + warp_row});
+                  {s_work.tile.batch, tile.head, first_query,
+                   static_cast<int>(ptx::opaque(first_key + warp_row))});
       }
       if (has_bias && !maps.loads_bias) {
         const BiasPart bias = {rules,
@@ -151,20 +148,25 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
                                tile.head,
                                first_query,
                                s_work.queries.length,
-                               first_key + warp_row,
+                               static_cast<int>(ptx::opaque(first_key + warp_row)),
                                s_work.keys.length};
         bias.load_of_lane<Scores>(s.bias_of_lane(warp_row));
       }
-      ColumnValues<Scores> lse_log2;
-      if (Traits::kLoadsStatisticsAhead) {
-        lse_log2.load(s_statistics.lse_log2);
-      }
+      Scores r_ds;  // dp, then ds
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
+      ptx::wgmma_commit();
+
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
       if (maps.loads_bias) {
         add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], warp_row);
       } else if (has_bias) {
         add_bias_of_lane(r_p, softmax_scale, s.bias_of_lane(warp_row));
+      }
+      ColumnValues<Scores> lse_log2;
+      if (Traits::kLoadsStatisticsAhead) {
+        lse_log2.load(s_statistics.lse_log2);
       }
       turns.begin();
       if (!Traits::kLoadsStatisticsAhead) {
@@ -255,11 +257,9 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     ptx::barrier_sync<kMathThreads>(kMathBarrier);  // both have read all keys
     store_through(device::to_operand<Element>(r_dk), s_k, warpgroup_row, maps.dk, origin,
                   rows_of(params.dk, params.shape.head_dim), warpgroup_barrier);
-    is_leaving = true;
-    keys_at.advance();
     __syncwarp();  // all lanes have read s_work
   }
-  if (thread == 0) {
+  if (is_first_thread()) {
     ptx::tma_wait();
   }
 }

@@ -62,7 +62,8 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
     }
     while (!tiles.done()) {
       const QueryTile tile = tiles.current();
-      const int64_t index = params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
+      const auto index =
+          static_cast<int>(params.workspace.index(tile.head, s_work.first_query_tile + tile.tile));
       const bool is_mixed = tiles.is_mixed();
       tiles.advance();
       let_take(tiles.has_at_most(kQueryTilesToTakeAhead - 1));
