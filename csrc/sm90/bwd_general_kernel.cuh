@@ -53,7 +53,6 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   constexpr int kMathBarrier = 1;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
-  const int warpgroup_barrier = 2 + warpgroup;
   constexpr int kFirstTurn = 2 + Traits::kMathWarpgroups;  // the barriers after those
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
@@ -139,8 +138,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       SeenQueries<Scores> seen;
       if (tile.is_mixed()) {
         seen.find(rules, s_work.prefix_window(),
-                  {s_work.tile.batch, tile.head, first_query,
-                   static_cast<int>(ptx::opaque(first_key + warp_row))});
+                  {s_work.tile.batch, tile.head, first_query, first_key + warp_row});
       }
       if (has_bias && !maps.loads_bias) {
         const BiasPart bias = {rules,
@@ -148,7 +146,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
                                tile.head,
                                first_query,
                                s_work.queries.length,
-                               static_cast<int>(ptx::opaque(first_key + warp_row)),
+                               first_key + warp_row,
                                s_work.keys.length};
         bias.load_of_lane<Scores>(s.bias_of_lane(warp_row));
       }
@@ -193,9 +191,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
         return r_p.r[0][block][i] * (dp - delta.of(block, i));
       });
       if (tile.is_mixed()) {  // dp of a hidden pair may be infinite
-        r_ds.transform([&](float ds, int, int block, int i) {
-          return r_p.r[0][block][i] != 0.0f ? ds : 0.0f;
-        });
+        seen.keep(r_ds);
       }
       const auto r_ds_elements = device::to_operand<Element>(r_ds);
       turns.end();
@@ -242,6 +238,8 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       return device::global_tile<Element>(view, s_work.keys, s_work.tile.batch,
                                           first_key + warp_row, s_work.tile.head, cols);
     };
+    // Not kept in a register through the loop.
+    const auto warpgroup_barrier = static_cast<int>(2 + ptx::opaque(warpgroup));
     // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
