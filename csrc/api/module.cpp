@@ -39,6 +39,7 @@ py::dict row_to_dict(int row) {
   fields["head_dim"] = config.head_dim;
   fields["mask"] = name_of(config.mask);
   fields["score"] = name_of(config.score);
+  fields["bias_gradient"] = config.score == ScoreMode::kGeneral && !config.lacks_bias_gradient();
   fields["tile_m"] = config.tile_m;
   fields["tile_n"] = config.tile_n;
   fields["warps"] = config.warps;
@@ -174,6 +175,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("strides"), py::arg("address"), py::arg("element_bytes"), py::arg("on_cuda"));
   module.def("explain", fa::api::explain, py::kw_only(), py::arg("pass_name"), py::arg("dtype"),
              py::arg("head_dim"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"),
-             py::arg("window_right"), py::arg("general_scores"), py::arg("bias_gradient"), py::arg("on_cuda"),
-             py::arg("compute_capability"), py::arg("smem_opt_in"));
+             py::arg("window_right"), py::arg("general_scores"), py::arg("bias_gradient"),
+             py::arg("on_cuda"), py::arg("compute_capability"), py::arg("smem_opt_in"));
 }

@@ -103,7 +103,7 @@ void check_turns(const WindowMask& window, int tile_m, int tile_n) {
   }
 }
 
-// The same where some first keys are seen by all queries, against the classes of all pairs of tiles.
+// The same where all queries see some first keys, against the classes of all pairs of tiles.
 void check_turns_with_prefix(const WindowMask& window, int prefix, int tile_m, int tile_n) {
   const PrefixWindow rules(window, prefix);
   for (int tile = 0; tile * tile_m < window.seqlen_q(); ++tile) {
