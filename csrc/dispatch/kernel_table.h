@@ -126,6 +126,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kForward,  kFloat16,  256, kWindow, kPlain,    128,   80, 12, 1},
   {kSm90, kForward,  kBFloat16,  64, kWindow, kGeneral,  128,  128, 12, 1},
   {kSm90, kForward,  kFloat16,   64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 128, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,  128, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 256, kWindow, kGeneral,  128,   64, 12, 1},
+  {kSm90, kForward,  kFloat16,  256, kWindow, kGeneral,  128,   64, 12, 1},
 
   {kSm90, kBackward, kBFloat16,  64, kWindow, kPlain,    128,  128, 12, 1},
   {kSm90, kBackward, kFloat16,   64, kWindow, kPlain,    128,  128, 12, 1},
