@@ -78,6 +78,11 @@ struct KernelConfig {
            statistics;
   }
 
+  // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
+  constexpr bool reads_pair_bits() const {
+    return family == Family::kSm90 && score == ScoreMode::kGeneral;
+  }
+
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.
   constexpr bool fits(int64_t smem_opt_in) const {

@@ -16,6 +16,7 @@
 #include "sm90/tensor_map.h"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
+#include "support/pair_bits.h"
 #include "support/resources.h"
 #include "support/tile_map.h"
 #include "support/work_counter.h"
@@ -131,6 +132,8 @@ void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
 template <int kRow>
 void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = GeneralFwdTraits<kRow>;
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
+                          stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
   const Schedule schedule = make_forward_schedule<Traits>(params, stream);
   support::launch_persistent<flash_fwd_general_sm90<Traits>>(

@@ -14,6 +14,7 @@
 #include "device/seen_tiles.cuh"
 #include "device/work_order.cuh"
 #include "dispatch/registry.h"
+#include "support/pair_bits.h"
 #include "support/tile_map.h"
 #include "tests/support/cuda_blocks.h"
 #include "tests/support/cuda_rules.h"
@@ -208,11 +209,21 @@ void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
   const ScoreRules view = rules.view();
   const bool by_head = std::any_of(std::begin(view.masks), std::end(view.masks),
                                    [](const KeepMask& mask) { return mask.head_stride != 0; });
+  const bool has_bits = test.lengths.empty() && tile_n % 64 == 0;
+  PairBits bits = has_bits ? PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q,
+                                          shape.seqlen_k, tile_m, tile_n)
+                           : PairBits{};
+  Managed<uint32_t> words(bits.count + 1);
+  if (bits.count > 0) {
+    bits.words = words.data;
+    support::launch_pair_bits(
+        {view.masks[0], bits, shape, tile_m, tile_n, support::BitRows::kQueries}, nullptr);
+  }
   constexpr auto kUnwritten = static_cast<TileClass>(77);
   Managed<TileClass> classes(of_head * (by_head ? shape.num_heads : 1), kUnwritten);
   const TileMap map = {classes.data, by_head ? of_head : 0, key_tiles};
   const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
-  support::launch_tile_map({view, window, shape, sequences, sequences, map, tile_m, tile_n},
+  support::launch_tile_map({view, window, shape, sequences, sequences, bits, map, tile_m, tile_n},
                            nullptr);
   check_cuda(cudaDeviceSynchronize(), "run");
 
@@ -247,8 +258,8 @@ void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
       }
     }
   }
-  report(concat("tile map, ", test.name, ", tiles ", tile_m, "x", tile_n, ": ", found[0],
-                " hidden, ", found[1], " mixed"),
+  report(concat("tile map, ", test.name, ", tiles ", tile_m, "x", tile_n,
+                bits.count > 0 ? ", by bits: " : ": ", found[0], " hidden, ", found[1], " mixed"),
          wrong, count);
 }
 
@@ -355,6 +366,7 @@ int main() {
     test_find_tile();
     for (const MapCase& test : kMapCases) {
       test_tile_map(test, 128, 128);
+      test_tile_map(test, 128, 64);
       test_tile_map(test, 64, 32);
       test_tile_map(test, 32, 112);
     }
