@@ -108,10 +108,8 @@ struct BwdParams {
 template <typename Params>
 constexpr PairBits pair_bits_of(const Params& params, int tile_m, int tile_n) {
   const Shape& shape = params.shape;
-  return params.queries.cu_seqlens != nullptr || params.keys.cu_seqlens != nullptr
-             ? PairBits{}
-             : PairBits::of(params.rules, shape.batch, shape.num_heads, shape.seqlen_q,
-                            shape.seqlen_k, tile_m, tile_n);
+  return PairBits::of(params.rules, shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k,
+                      tile_m, tile_n);
 }
 
 }  // namespace fa

@@ -53,7 +53,7 @@ struct PairBits {
            mask.key_stride != 0;
   }
 
-  // Of the rules of sequences that are not packed, with tiles of tile_m queries by tile_n keys. The
+  // For tiles of tile_m queries by tile_n keys; lengths are those of the longest sequences. The
   // memory is to be filled in.
   static constexpr PairBits of(const ScoreRules& rules, int batch, int heads, int seqlen_q,
                                int seqlen_k, int tile_m, int tile_n) {
