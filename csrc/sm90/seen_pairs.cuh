@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which pairs of a tile are seen, as bits in shared memory: so that the warps that compute need not
-// know why a pair is hidden, and spend two instructions on each.
+// know why a pair is hidden, and spend little more than one instruction on each.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,11 @@
 
 namespace fa::sm90 {
 
-// A bit for each pair of 64 queries and kKeys keys. Words have every kWords-th key of a row, so
-// that a lane with consecutive keys contributes one bit to each of them by a vote.
+// A bit for each pair of 64 queries and kKeys keys. Those who find out have words of every
+// kWords-th key of a row, so that a lane with consecutive keys contributes one bit to each of them
+// by a vote (as PairBits). Here the odd bits of a word have changed places with the even ones of
+// the next, so that bits of neighbours lie side by side, and a thread that computes needs one word
+// of a row.
 template <int kKeys>
 struct SeenPairs {
   static constexpr int kRows = 64;
@@ -21,22 +24,40 @@ struct SeenPairs {
 
   alignas(16) uint32_t words[kRows][kWords];
 
+  // What is found of a row.
+  FA_DEVICE void set(int row, const uint32_t (&found)[kWords]) {
+    constexpr uint32_t kEven = 0x55555555;
+    uint32_t swapped[kWords];
+#pragma unroll
+    for (int word = 0; word < kWords; word += 2) {
+      swapped[word] = (found[word] & kEven) | (found[word + 1] & kEven) << 1;
+      swapped[word + 1] = (found[word] >> 1 & kEven) | (found[word + 1] & ~kEven);
+    }
+    using Row = std::conditional_t<kWords == 4, uint4, uint2>;
+    Row& s_row = *reinterpret_cast<Row*>(words[row]);
+    if constexpr (kWords == 4) {
+      s_row = {swapped[0], swapped[1], swapped[2], swapped[3]};
+    } else {
+      s_row = {swapped[0], swapped[1]};
+    }
+  }
+
   // Of a warp's 16 rows, of which the first is `row`: scores of hidden pairs become -inf.
   template <typename Scores>
   FA_DEVICE void keep_seen(Scores& r_scores, int row) const {
     constexpr int kBitsOfBlock = device::kBlockCols / kWords;
-    const int col = 2 * (ptx::lane_index() % 4);
+    const int pair = ptx::lane_index() % 4;  // of the columns of a block
+    const int word = kWords == 4 ? pair % 2 * 2 + pair / 2 : pair % 2;
+    const int shift = kWords == 4 ? 0 : pair / 2 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint2 pair =
-          *reinterpret_cast<const uint2*>(&words[row + Scores::row(half)][col % kWords]);
-      const uint32_t bits[2] = {pair.x >> (col / kWords), pair.y >> (col / kWords)};
+      const uint32_t bits = words[row + Scores::row(half)][word] >> shift;
 #pragma unroll
       for (int block = 0; block < Scores::kColBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = r_scores.r[0][block][2 * half + i];
-          score = (bits[i] & 1u << (block * kBitsOfBlock)) != 0 ? score : -INFINITY;
+          score = (bits & 1u << (block * kBitsOfBlock + i)) != 0 ? score : -INFINITY;
         }
       }
     }
@@ -197,14 +218,7 @@ class SeenPairsOfWarpgroup {
   FA_DEVICE void store(Shared& s_pairs) const {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      Row row;
-      row.x = words_[half][0];
-      row.y = words_[half][1];
-      if constexpr (kWords == 4) {
-        row.z = words_[half][2];
-        row.w = words_[half][3];
-      }
-      *reinterpret_cast<Row*>(s_pairs.words[row_of(half)]) = row;
+      s_pairs.set(row_of(half), words_[half]);
     }
   }
 
