@@ -131,16 +131,16 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
 
 // Finds out which pairs of the mixed tiles are seen, of the rows of one warpgroup. It walks the
 // tiles by itself, so that nothing but the place for what it finds holds it up. The bits of a mask
-// are on their way while those of the tile before it are used.
+// and the documents of keys are on their way while those of the tile before it are used.
 template <typename Traits>
 FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedMemory& s,
                                int warpgroup) {
   constexpr int kTileN = Traits::kTileN;
-  using OfWarpgroup = SeenPairsOfWarpgroup<kTileN>;
   const int row = warpgroup * device::kWarpgroupRows;
   const ScoreRules& rules = params.rules;
   const bool has_bits = params.pair_bits.words != nullptr;
-  const bool has_more_than_bits = rules.document_ids != nullptr || rules.masks[1].data != nullptr;
+  const bool has_documents = rules.document_ids != nullptr;
+  const bool has_masks = needs_pairs(rules);
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<1> at;
   for (;; work_at.advance()) {
@@ -150,40 +150,52 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
       break;
     }
     auto tiles = s_work.visible_tiles<kTileN>(params, Tiles::kMixed);
-    const WorkTile& work_tile = s_work.tile;
-    const uint32_t* g_bits =
-        params.pair_bits.tile(work_tile.batch, work_tile.head, work_tile.tile, 0) +
-        row * OfWarpgroup::kWords;
-    OfWarpgroup of_mask;
+    SeenPairsOfWarpgroup<kTileN> of_mask;
+    DocumentsOfWarpgroup<kTileN> documents;
+    const auto g_ids = [&] {
+      return rules.document_ids + s_work.tile.batch * rules.document_stride;
+    };
+    if (has_documents) {
+      documents.load_queries(g_ids(), s_work.first_query + row, s_work.queries.length);
+    }
 #pragma unroll 1
     for (int tile = -1;;) {
-      OfWarpgroup seen;
+      SeenPairsOfWarpgroup<kTileN> seen;
       if (tile >= 0) {
         const int first_query = s_work.first_query + row;
         const int first_key = tile * kTileN;
-        const PrefixWindow window = s_work.prefix_window(params);
-        if (has_bits && !has_more_than_bits &&
-            window.all({first_query, first_query + device::kWarpgroupRows},
-                       {first_key, first_key + kTileN})) {
-          seen = of_mask;
-        } else {
+        if (has_masks ||
+            !s_work.prefix_window(params).all({first_query, first_query + device::kWarpgroupRows},
+                                              {first_key, first_key + kTileN})) {
           seen.find([&](int half) {
             // Read and computed again rather than kept, for want of registers.
             const GeneralFwdWork& s_again = s.work[ptx::opaque(work_at.stage())];
             SeenPairsOfWarp<kTileN> found(
                 s_again.prefix_window(params), s_again.first_query + row + half * ptx::kWarpSize,
                 s_again.queries.length, static_cast<int>(ptx::opaque(first_key)));
-            found.keep(rules, s_again.tile.batch, s_again.tile.head);
+            found.keep_masks(rules, s_again.tile.batch, s_again.tile.head);
             return found;
           });
-          if (has_bits) {
-            seen.keep(of_mask);
-          }
+        } else {
+          seen.see_all();
+        }
+        if (has_bits) {
+          seen.keep(of_mask);
+        }
+        if (has_documents) {
+          seen.keep(documents);
         }
       }
       tiles.advance();
-      if (has_bits && !tiles.done()) {
-        of_mask.load(g_bits + int64_t{tiles.tile()} * params.pair_bits.tile_words);
+      if (!tiles.done()) {
+        if (has_bits) {
+          of_mask.load(params.pair_bits.tile(s_work.tile.batch, s_work.tile.head, s_work.tile.tile,
+                                             tiles.tile()) +
+                       row * SeenPairs<kTileN>::kWords);
+        }
+        if (has_documents) {
+          documents.load_keys(g_ids(), tiles.tile() * kTileN, s_work.keys.length);
+        }
       }
       if (tile >= 0) {
         at.wait_empty(s.seen_ring[warpgroup]);

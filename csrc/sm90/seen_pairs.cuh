@@ -64,6 +64,16 @@ struct SeenPairs {
   }
 };
 
+// Whether a mask is to be looked at for the pairs of a tile: not one of a byte for each pair, which
+// comes as bits, and not one of blocks, for a tile lies in one block, which hides all of its pairs,
+// so that it is not met, or none.
+FA_DEVICE constexpr bool needs_pairs(const KeepMask& mask) {
+  return mask.data != nullptr && mask.block_log2 == 0 && !PairBits::is_of(mask);
+}
+FA_DEVICE constexpr bool needs_pairs(const ScoreRules& rules) {
+  return needs_pairs(rules.masks[0]) || needs_pairs(rules.masks[1]) || needs_pairs(rules.masks[2]);
+}
+
 // Those of 32 queries in the registers of a warp that finds them out: each lane has the words of
 // one.
 template <int kKeys>
@@ -99,17 +109,12 @@ class SeenPairsOfWarp {
     }
   }
 
-  // What the documents and the masks let see; but for a mask of a byte for each pair, which comes
-  // as bits, and one of blocks: a tile lies in one block, which hides all of its pairs, so that it
-  // is not met, or none.
-  FA_DEVICE void keep(const ScoreRules& rules, int64_t batch, int head) {
-    if (rules.document_ids != nullptr) {
-      keep_documents(rules.document_ids + batch * rules.document_stride);
-    }
+  // What the masks that need_pairs() let see.
+  FA_DEVICE void keep_masks(const ScoreRules& rules, int64_t batch, int head) {
 #pragma unroll 1
     for (int i = 0; i < ScoreRules::kMasks && rules.masks[i].data != nullptr; ++i) {
       const KeepMask& mask = rules.masks[i];
-      if (mask.block_log2 == 0 && !PairBits::is_of(mask)) {
+      if (needs_pairs(mask)) {
         keep_mask(mask, mask.of_head<const uint8_t>(batch, head));
       }
     }
@@ -118,27 +123,6 @@ class SeenPairsOfWarp {
   FA_DEVICE uint32_t word(int index) const { return words_[index]; }
 
  private:
-  // Of one document.
-  FA_DEVICE void keep_documents(const int32_t* g_ids) {
-    int32_t of_keys[kWords];
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      of_keys[word] = __ldg(g_ids + key(word));
-    }
-    const int32_t of_query = __ldg(g_ids + query(ptx::lane_index()));
-    // Queries of one id at a time: there are seldom more than two ids among them.
-    for (uint32_t left = ~0u; left != 0;) {
-      const int32_t id = __shfl_sync(~0u, of_query, __ffs(static_cast<int>(left)) - 1);
-      const bool is_same = of_query == id;
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        const uint32_t same = __ballot_sync(~0u, of_keys[word] == id);
-        words_[word] &= is_same ? same : ~0u;
-      }
-      left &= ~__ballot_sync(~0u, is_same);
-    }
-  }
-
   // Whose bytes are not zero in a mask that has one for each query, or for each key.
   FA_DEVICE void keep_mask(const KeepMask& mask, const uint8_t* g_mask) {
     const bool sees = g_mask[query(ptx::lane_index()) * mask.query_stride] != 0;
@@ -168,6 +152,31 @@ class SeenPairsOfWarp {
   uint32_t words_[kWords];
 };
 
+// The documents of 64 queries, two for each lane, and of the keys whose bits of words are a lane's.
+template <int kKeys>
+struct DocumentsOfWarpgroup {
+  static constexpr int kWords = SeenPairs<kKeys>::kWords;
+  static constexpr int kHalves = SeenPairs<kKeys>::kRows / ptx::kWarpSize;
+
+  int32_t of_queries[kHalves];
+  int32_t of_keys[kWords];
+
+  // g_ids: of the sequence, which has rows up to `end`.
+  FA_DEVICE void load_queries(const int32_t* g_ids, int first, int end) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      of_queries[half] =
+          __ldg(g_ids + min(first + half * ptx::kWarpSize + ptx::lane_index(), end - 1));
+    }
+  }
+  FA_DEVICE void load_keys(const int32_t* g_ids, int first, int end) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      of_keys[word] = __ldg(g_ids + min(first + kWords * ptx::lane_index() + word, end - 1));
+    }
+  }
+};
+
 // Those of all 64 queries of a warpgroup: each lane has the words of two.
 template <int kKeys>
 class SeenPairsOfWarpgroup {
@@ -187,6 +196,16 @@ class SeenPairsOfWarpgroup {
       for (int word = 0; word < kWords; ++word) {  // the half before it moves up
         words_[0][word] = words_[1][word];
         words_[1][word] = seen.word(word);
+      }
+    }
+  }
+
+  FA_DEVICE void see_all() {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        words_[half][word] = ~0u;
       }
     }
   }
@@ -211,6 +230,25 @@ class SeenPairsOfWarpgroup {
 #pragma unroll
       for (int word = 0; word < kWords; ++word) {
         words_[half][word] &= others.words_[half][word];
+      }
+    }
+  }
+
+  // Those of one document. Queries of one id at a time: there are seldom more than two ids.
+  FA_DEVICE void keep(const DocumentsOfWarpgroup<kKeys>& documents) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int32_t of_query = documents.of_queries[half];
+#pragma unroll 1
+      for (uint32_t left = ~0u; left != 0;) {
+        const int32_t id = __shfl_sync(~0u, of_query, __ffs(static_cast<int>(left)) - 1);
+        const bool is_same = of_query == id;
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          const uint32_t same = __ballot_sync(~0u, documents.of_keys[word] == id);
+          words_[half][word] &= is_same ? same : ~0u;
+        }
+        left &= ~__ballot_sync(~0u, is_same);
       }
     }
   }

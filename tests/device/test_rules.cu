@@ -371,13 +371,20 @@ __global__ void seen_pairs_kernel(const __grid_constant__ ScoreRules rules, Wind
     sm90::SeenPairsOfWarp<kKeys> found(PrefixWindow(rules, window, 1),
                                        first_query + half * ptx::kWarpSize, window.seqlen_q(),
                                        first_key);
-    found.keep(rules, 1, 2);
+    found.keep_masks(rules, 1, 2);
     return found;
   });
   if (g_bits != nullptr) {
     sm90::SeenPairsOfWarpgroup<kKeys> of_mask;
     of_mask.load(g_bits);
     seen.keep(of_mask);
+  }
+  if (rules.document_ids != nullptr) {
+    const int32_t* g_ids = rules.document_ids + rules.document_stride;
+    sm90::DocumentsOfWarpgroup<kKeys> documents;
+    documents.load_queries(g_ids, first_query, window.seqlen_q());
+    documents.load_keys(g_ids, first_key, window.seqlen_k());
+    seen.keep(documents);
   }
   seen.store(s_pairs);
   __syncwarp();
