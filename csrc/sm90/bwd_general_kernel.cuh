@@ -137,8 +137,15 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       const int first_query = tile.tile() * kTileM;
       SeenQueries<Scores> seen;
       if (tile.is_mixed()) {
+        const PairBits& bits = params.pair_bits;
+        const uint32_t* words = nullptr;  // of the warp's first key
+        if (bits.words != nullptr) {
+          words = has_bias ? bits.tile(s_work.tile.batch, tile.head, tile.tile(), s_work.key_tile())
+                           : s.bits(at.stage());
+          words += warp_row * SeenQueries<Scores>::kWords;
+        }
         seen.find(rules, s_work.prefix_window(),
-                  {s_work.tile.batch, tile.head, first_query, first_key + warp_row});
+                  {s_work.tile.batch, tile.head, first_query, first_key + warp_row}, words);
       }
       if (has_bias && !maps.loads_bias) {
         const BiasPart bias = {rules,

@@ -3,7 +3,7 @@
 // out for the scores that it holds.
 #pragma once
 
-#include "common/score_rules.h"
+#include "common/tile_map.h"
 #include "device/fragment.cuh"
 
 namespace fa::sm90 {
@@ -21,10 +21,13 @@ struct ScoreOrigin {
 template <typename Scores>
 class SeenQueries {
  public:
+  static constexpr int kWords = Scores::kCols / PairBits::kBitsOfWord;  // of a key
+
   // Of all rules. Queries and keys past the end are not seen, and the last one's memory is read in
-  // their place.
+  // their place. words: of the warp's first key, what stands for the mask that PairBits::is_of(),
+  // or null.
   FA_DEVICE void find(const ScoreRules& rules, const PrefixWindow& window,
-                      const ScoreOrigin& origin) {
+                      const ScoreOrigin& origin, const uint32_t* words) {
     const int end_query = window.window().seqlen_q();
     const int end_key = window.window().seqlen_k();
     const auto query_at = [&](int block, int i) {
@@ -36,6 +39,9 @@ class SeenQueries {
       const int key = origin.first_key + Scores::row(row);
       keep_in_window(row, window, key, origin.first_query);
       keys[row] = min(key, end_key - 1);
+    }
+    if (words != nullptr) {
+      keep_bits(words);
     }
     if (rules.document_ids != nullptr) {
       const int32_t* g_ids = rules.document_ids + origin.batch * rules.document_stride;
@@ -53,6 +59,9 @@ class SeenQueries {
       }
       if (mask.block_log2 >= kLargestTileLog2) {
         continue;  // one byte stands for the tile, and hidden tiles are not computed
+      }
+      if (words != nullptr && PairBits::is_of(mask)) {
+        continue;
       }
       const uint8_t* g_mask = mask.of_head<const uint8_t>(origin.batch, origin.head);
       const uint8_t* g_keys[2];
@@ -93,6 +102,20 @@ class SeenQueries {
     seen_[row] = key < band.seqlen_k()
                      ? bits_before(end - first_query) & ~bits_before(begin - first_query)
                      : 0;
+  }
+
+  // A lane's two queries of a block have a bit each of two words, at the same place.
+  FA_DEVICE void keep_bits(const uint32_t* words) {
+    constexpr uint32_t kFirstOfEach = ~0u / ((1u << kBitsOfBlock) - 1);
+    const int col = Scores::col(0, 0);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const uint2 pair =
+          *reinterpret_cast<const uint2*>(words + Scores::row(row) * kWords + col % kWords);
+      const uint32_t first = pair.x >> (col / kWords) & kFirstOfEach;
+      const uint32_t second = pair.y >> (col / kWords) & kFirstOfEach;
+      seen_[row] &= first | second << 1;
+    }
   }
 
   // Of the lane's queries those before `col` of the tile.
