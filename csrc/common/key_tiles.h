@@ -7,6 +7,7 @@
 #include "common/math.h"
 #include "common/params.h"
 #include "common/scheduler.h"
+#include "common/score_rules.h"
 #include "common/window.h"
 
 namespace fa {
@@ -63,6 +64,22 @@ FA_HOST_DEVICE constexpr int turn_of_key_tile(const WindowMask& window, int quer
                                               int key_tile, int tile_n) {
   const Range queries = {query_tile * tile_m, (query_tile + 1) * tile_m};
   return (window.keys_seen_by_any(queries).end - 1) / tile_n - key_tile;
+}
+
+// The same where a prefix is seen too, and tiles of keys in which none of the queries sees any add
+// nothing: those behind this one in which some query sees a key.
+FA_HOST_DEVICE constexpr int turn_of_key_tile(const PrefixWindow& window, int query_tile,
+                                              int tile_m, int key_tile, int tile_n) {
+  const Range queries = {query_tile * tile_m, (query_tile + 1) * tile_m};
+  const Range keys = window.window().keys_seen_by_any(queries);
+  const Range tiles = {keys.begin / tile_n,
+                       keys.empty() ? keys.begin / tile_n : ceil_div(keys.end, tile_n)};
+  const int end_of_prefix =
+      queries.begin < window.window().seqlen_q() ? ceil_div(window.prefix(), tile_n) : 0;
+  const int next = key_tile + 1;
+  return max(tiles.end - max(tiles.begin, next), 0) +  // and of the prefix those on either side
+         max(min(end_of_prefix, tiles.begin) - next, 0) +
+         max(end_of_prefix - max(tiles.end, next), 0);
 }
 
 // head_group where items begin in order: tiles of one head wait for each other, so the more heads

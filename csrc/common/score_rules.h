@@ -64,6 +64,9 @@ class PrefixWindow {
         prefix_(rules.prefix_lens == nullptr
                     ? 0
                     : min(max(rules.prefix_lens[batch], 0), window.seqlen_k())) {}
+  // prefix: as prefix() tells it.
+  FA_HOST_DEVICE constexpr PrefixWindow(const WindowMask& window, int prefix)
+      : window_(window), prefix_(prefix) {}
 
   FA_HOST_DEVICE constexpr bool allows(int query, int key) const {
     return window_.allows(query, key) || (key >= 0 && key < prefix_);

@@ -26,9 +26,18 @@ struct Ring {
 template <int kStages>
 class RingPosition {
  public:
+  FA_DEVICE bool is_first() const { return passed_ == 0; }
   FA_DEVICE int stage() const { return stage(passed_); }
   FA_DEVICE int previous_stage() const { return stage(passed_ - 1); }
   FA_DEVICE void advance() { ++passed_; }
+
+  // The same in a ring of another length, where both advance together.
+  template <int kOtherStages>
+  FA_DEVICE RingPosition<kOtherStages> in_ring_of() const {
+    RingPosition<kOtherStages> other;
+    other.passed_ = passed_;
+    return other;
+  }
 
   // Producer: until the stage is free, which it is in the first round.
   FA_DEVICE void wait_empty(Ring<kStages>& s_ring) const {

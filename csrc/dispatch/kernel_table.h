@@ -42,6 +42,10 @@ struct KernelConfig {
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
   // Backward, whether dk and dv are too wide for one warpgroup.
   constexpr bool is_wide() const { return head_dim > 128; }
+  // Whether a row that runs general scores leaves the gradient of a bias to others.
+  constexpr bool lacks_bias_gradient() const {
+    return family == Family::kSm90 && pass == Pass::kBackward;
+  }
   constexpr int q_stages() const { return sm90_smem_bytes(2, 2) <= kSm90Room ? 2 : 1; }
   constexpr int kv_stages() const { return sm90_smem_bytes(2, 4) <= kSm90Room ? 4 : 2; }
 
@@ -66,9 +70,11 @@ struct KernelConfig {
     }
     const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
     if (family == Family::kSm90) {
-      // The next k and v too, and ds twice, but no p; or, in wide rows, p and ds twice.
-      const int tiles_of_keys = is_wide() ? 2 : 4;
-      const int tiles_of_scores = is_wide() ? 4 : 2;
+      // The next k and v too, and ds twice, but no p. In wide rows p and ds twice, in general ones
+      // ds and a 16-bit bias, and no room for the next k and v.
+      const bool is_plain = !is_wide() && score == ScoreMode::kPlain;
+      const int tiles_of_keys = is_plain ? 4 : 2;
+      const int tiles_of_scores = is_plain ? 2 : 4;
       return (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
               tiles_of_scores * tile_m * tile_n) *
                  element_bytes +
@@ -76,6 +82,11 @@ struct KernelConfig {
     }
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
            statistics;
+  }
+
+  // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
+  constexpr bool reads_pair_bits() const {
+    return family == Family::kSm90 && score == ScoreMode::kGeneral;
   }
 
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
@@ -141,6 +152,12 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,  192, kWindow, kPlain,     64,   64, 16, 1},
   {kSm90, kBackward, kBFloat16, 256, kWindow, kPlain,     64,   64, 16, 1},
   {kSm90, kBackward, kFloat16,  256, kWindow, kPlain,     64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16,  64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16,  96, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   96, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 128, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,  128, kWindow, kGeneral,   64,  128, 12, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},

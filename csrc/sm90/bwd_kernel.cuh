@@ -24,25 +24,11 @@
 #include "sm90/bwd_dq.cuh"
 #include "sm90/bwd_load.cuh"
 #include "sm90/bwd_turns.cuh"
+#include "sm90/column_values.cuh"
 #include "sm90/store.cuh"
 #include "sm90/turns.cuh"
 
 namespace fa::sm90 {
-
-// What a row of queries has in shared memory, of the columns of transposed scores that this lane
-// holds.
-template <typename Scores>
-struct ColumnValues {
-  float2 r[Scores::kColBlocks];
-
-  FA_DEVICE void load(const float* s_values) {
-#pragma unroll
-    for (int block = 0; block < Scores::kColBlocks; ++block) {
-      r[block] = *reinterpret_cast<const float2*>(s_values + Scores::col(block, 0));
-    }
-  }
-  FA_DEVICE float of(int block, int i) const { return i % 2 == 0 ? r[block].x : r[block].y; }
-};
 
 // A math warpgroup.
 template <typename Traits>
@@ -68,11 +54,11 @@ FA_DEVICE void differentiate(const BwdParams& params, const BwdTensorMaps& maps,
   const bool is_deterministic = params.workspace.turns != nullptr;
   const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
   device::RingPosition<kWorkStages> work_at;
-  device::RingPosition<kBwdStages> keys_at;
+  device::RingPosition<Traits::kKeyStages> keys_at;
   device::RingPosition<kBwdStages> at;  // of q and statistics, of dout, and of ds
   // dk and dv leave from the shared memory of their keys, and that is free when TMA has read them.
   bool is_leaving = false;
-  device::RingPosition<kBwdStages> keys_left;
+  device::RingPosition<Traits::kKeyStages> keys_left;
   const auto finish_store = [&] {
     if (is_leaving) {
       if (thread == 0) {

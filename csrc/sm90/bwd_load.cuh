@@ -36,7 +36,7 @@ FA_DEVICE int rows_to_keep(const Sequences& sequences, const Sequence& sequence,
 template <typename Traits>
 FA_DEVICE void load_keys(const BwdParams& params, const BwdTensorMaps& maps,
                          const Schedule& schedule, typename Traits::SharedMemory& s) {
-  device::RingPosition<kBwdStages> keys_at;
+  device::RingPosition<Traits::kKeyStages> keys_at;
   Landing landing = {s.landings[0]};
   give_out_work<BwdWork, Traits>(params, schedule, s, [&](const BwdWork& work) {
     auto& s_keys = s.keys[keys_at.stage()];

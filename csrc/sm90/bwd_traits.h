@@ -26,8 +26,9 @@ struct BwdStatistics {
   alignas(16) float delta[kTileM];
 };
 
+// Of all rows whose dk and dv fit the registers of those who have the scores.
 template <int kRow>
-struct BwdTraits {
+struct NarrowBwdTraits {
   static constexpr KernelConfig kConfig = table::kRows[kRow];
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kTileM = kConfig.tile_m;
@@ -70,31 +71,39 @@ struct BwdTraits {
   static FA_DEVICE int dq_col(int warpgroup) { return kSharesRowsOfDq ? 0 : warpgroup * kDqCols; }
 
   using Statistics = BwdStatistics<kTileM>;
+  using ScoreTile = device::SmemTile<Element, kTileM, kTileN>;  // (queries, keys)
   struct Keys {
     Rows<kTileN> k;
     Rows<kTileN> v;
   };
+  static_assert(sizeof(Keys) % 1024 == 0 && sizeof(Rows<kTileM>) % 1024 == 0);
+};
+
+template <int kRow>
+struct BwdTraits : NarrowBwdTraits<kRow> {
+  using Base = NarrowBwdTraits<kRow>;
+  using Tile = typename Base::template Rows<Base::kTileM>;
+  static constexpr int kKeyStages = 2;
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {
-    Keys keys[kBwdStages];
-    Rows<kTileM> q[kBwdStages];
-    Rows<kTileM> dout[kBwdStages];
-    device::SmemTile<Element, kTileM, kTileN> ds[kBwdStages];  // (queries, keys)
-    Statistics statistics[kBwdStages];
+    typename Base::Keys keys[kKeyStages];
+    Tile q[kBwdStages];
+    Tile dout[kBwdStages];
+    typename Base::ScoreTile ds[kBwdStages];
+    typename Base::Statistics statistics[kBwdStages];
     device::Ring<kWorkStages> work_ring;
     device::Ring<1> may_take;  // the next item
-    device::Ring<kBwdStages> keys_ring;
+    device::Ring<kKeyStages> keys_ring;
     device::Ring<kBwdStages> q_ring;  // and statistics
     device::Ring<kBwdStages> dout_ring;
     device::Ring<kBwdStages> ds_ring;
     device::Ring<kBwdStages> turn_ring;   // to add to dq
     device::Ring<kBwdStages> added_ring;  // to dq
     device::Ring<1> landings[2];          // of the two warps that load
-    SharedBwdWork<kMathWarpgroups> work[kWorkStages];
+    SharedBwdWork<Base::kMathWarpgroups> work[kWorkStages];
   };
-  static_assert(sizeof(Keys) % 1024 == 0 && sizeof(Rows<kTileM>) % 1024 == 0);
-  static_assert(sizeof(SharedMemory) == kConfig.smem_bytes());
+  static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
 };
 
 }  // namespace fa::sm90

@@ -5,7 +5,8 @@
 //   may see a key (visible_tiles.cuh), and tells of each with its keys. Both warpgroups that
 //   compute meet all of them.
 //   Whatever hides pairs of a mixed tile, a warp for each warpgroup finds it out and leaves a bit
-//   for each pair in shared memory (seen_pairs.cuh), one tile ahead of those who compute.
+//   for each pair in shared memory (seen_pairs.cuh). It has what it found of the next mixed tile in
+//   registers when those who compute are done with one.
 //   A bias of the inputs' dtype with consecutive keys comes by TMA, and has a stage of its own for
 //   each warpgroup, which is free again as soon as it has been added. Any other bias is read from
 //   global memory by those who compute.
@@ -239,7 +240,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.may_take.init(1);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
-    s.announced_ring.init(Traits::kMathWarpgroups);
     for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
       s.q_ring[warpgroup].init(1);
       s.bias_ring[warpgroup].init(Traits::kWarpgroupWarps);

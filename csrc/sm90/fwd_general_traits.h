@@ -10,9 +10,6 @@
 
 namespace fa::sm90 {
 
-// How many tiles of keys are known before they are loaded.
-inline constexpr int kAnnounced = 2;
-
 // What the warp that loads keys tells of a tile. Where an item has none, that is its last.
 struct KeyTile {
   int bits;
@@ -73,9 +70,7 @@ struct GeneralFwdTraits {
     device::Ring<kKvStages> v_ring;
     device::Ring<1> bias_ring[kMathWarpgroups];
     device::Ring<1> seen_ring[kMathWarpgroups];  // of mixed tiles alone
-    device::Ring<kAnnounced> announced_ring;
-    KeyTile announced[kAnnounced];
-    KeyTile key_tiles[kKvStages];  // of the stages of keys
+    KeyTile key_tiles[kKvStages];                // of the stages of keys
     GeneralFwdWork work[kWorkStages];
 
     // In place of 16 rows of a bias, half as many floats.

@@ -9,6 +9,7 @@
 #include "common/key_tiles.h"
 #include "common/math.h"
 #include "dispatch/registry.h"
+#include "sm90/bwd_general_kernel.cuh"
 #include "sm90/bwd_kernel.cuh"
 #include "sm90/bwd_wide_kernel.cuh"
 #include "sm90/fwd_general_kernel.cuh"
@@ -16,6 +17,7 @@
 #include "sm90/tensor_map.h"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
+#include "support/pair_bits.h"
 #include "support/resources.h"
 #include "support/tile_map.h"
 #include "support/work_counter.h"
@@ -66,8 +68,9 @@ inline bool tma_takes(const ScoreRules& rules, Dtype dtype) {
          bias.batch_stride % kElements == 0;
 }
 
-// In boxes of a warpgroup's queries; of nothing where TMA does not take it.
-inline CUtensorMap make_bias_map(const ScoreRules& rules, const Shape& shape, Dtype dtype) {
+// In boxes of so many queries; of nothing where TMA does not take it.
+inline CUtensorMap make_bias_map(const ScoreRules& rules, const Shape& shape, Dtype dtype,
+                                 int box_rows) {
   const ScoreTensor& bias = rules.bias;
   const bool takes = tma_takes(rules, dtype);
   return make_tensor_map(
@@ -77,7 +80,7 @@ inline CUtensorMap make_bias_map(const ScoreRules& rules, const Shape& shape, Dt
        .heads = takes && bias.head_stride != 0 ? shape.num_heads : 1,
        .rows = takes ? shape.seqlen_q : 0,
        .cols = takes ? shape.seqlen_k : 0,
-       .box_rows = device::kWarpgroupRows});
+       .box_rows = box_rows});
 }
 
 // For tiles of `tile_rows` rows each of what is called `name`. A block's first item is its own,
@@ -131,14 +134,17 @@ void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
 template <int kRow>
 void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = GeneralFwdTraits<kRow>;
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
+                          stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
   const Schedule schedule = make_forward_schedule<Traits>(params, stream);
   support::launch_persistent<flash_fwd_general_sm90<Traits>>(
       "flash_fwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params,
-      GeneralFwdTensorMaps{make_forward_maps<Traits>(params),
-                           make_bias_map(params.rules, params.shape, Traits::kConfig.dtype),
-                           tma_takes(params.rules, Traits::kConfig.dtype)},
+      GeneralFwdTensorMaps{
+          make_forward_maps<Traits>(params),
+          make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, device::kWarpgroupRows),
+          tma_takes(params.rules, Traits::kConfig.dtype)},
       schedule);
 }
 
@@ -162,22 +168,39 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
 template <typename Traits>
 constexpr int64_t kDqSmemBytes = sizeof(typename Traits::DqTile);
 
-// The main kernel of the narrow rows and that of the wide ones.
+template <typename Traits>
+BwdTensorMaps make_narrow_maps(const BwdParams& params) {
+  const Shape& shape = params.shape;
+  const TensorMaps maps(params, Traits::kConfig.dtype);
+  return {.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
+          .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+          .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+          .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM),
+          .dk = maps.of_keys(params.dk, shape.head_dim, device::kWarpgroupRows),
+          .dv = maps.of_keys(params.dv, shape.head_dim_v, device::kWarpgroupRows)};
+}
+
+// The main kernel of the narrow rows, plain and general, and that of the wide ones.
 template <int kRow>
 void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
                       void* stream) {
   using Traits = BwdTraits<kRow>;
-  const Shape& shape = params.shape;
-  const TensorMaps maps(params, Traits::kConfig.dtype);
   support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), stream, params, make_narrow_maps<Traits>(params),
+      schedule);
+}
+template <int kRow>
+void launch_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                      void* stream) {
+  using Traits = GeneralBwdTraits<kRow>;
+  support::launch_persistent<flash_bwd_general_sm90<Traits>, support::Begin::kBesidePrevious>(
+      "flash_bwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params,
-      BwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
-                    .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
-                    .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
-                    .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM),
-                    .dk = maps.of_keys(params.dk, shape.head_dim, device::kWarpgroupRows),
-                    .dv = maps.of_keys(params.dv, shape.head_dim_v, device::kWarpgroupRows)},
+      GeneralBwdTensorMaps{
+          make_narrow_maps<Traits>(params),
+          make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
+          tma_takes(params.rules, Traits::kConfig.dtype)},
       schedule);
 }
 template <int kRow>
@@ -202,6 +225,12 @@ KernelResources gradients_resources(BwdTraits<kRow>*) {
   return support::resources_of(flash_bwd_sm90<Traits>, sizeof(typename Traits::SharedMemory));
 }
 template <int kRow>
+KernelResources gradients_resources(GeneralBwdTraits<kRow>*) {
+  using Traits = GeneralBwdTraits<kRow>;
+  return support::resources_of(flash_bwd_general_sm90<Traits>,
+                               sizeof(typename Traits::SharedMemory));
+}
+template <int kRow>
 KernelResources gradients_resources(WideBwdTraits<kRow>*) {
   using Traits = WideBwdTraits<kRow>;
   return support::resources_of(flash_bwd_wide_sm90<Traits>, sizeof(typename Traits::SharedMemory));
@@ -217,6 +246,10 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
       support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
                         shape.num_heads_kv),
       Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
+  // The main kernel waits for the one before it alone, which begins when bits and map are there.
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kKeys,
+                          context.stream);
+  support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
   support::launch<flash_bwd_dq_sm90<Traits>, support::Begin::kBesidePrevious>(
@@ -249,8 +282,10 @@ struct Registration {
       kernel.forward = launch_forward<Traits>;
       kernel.resources = forward_resources<Traits>;
     } else {
+      constexpr bool kIsGeneral = table::kRows[kRow].score == ScoreMode::kGeneral;
+      using NarrowTraits = std::conditional_t<kIsGeneral, GeneralBwdTraits<kRow>, BwdTraits<kRow>>;
       using Traits =
-          std::conditional_t<table::kRows[kRow].is_wide(), WideBwdTraits<kRow>, BwdTraits<kRow>>;
+          std::conditional_t<table::kRows[kRow].is_wide(), WideBwdTraits<kRow>, NarrowTraits>;
       kernel.backward = launch_backward<Traits>;
       kernel.resources = backward_resources<Traits>;
     }

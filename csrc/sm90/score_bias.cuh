@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Scores of a warp, 16 queries, become scale * score + bias.
+// Scores of a warp, 16 queries or, transposed, 16 keys, become scale * score + bias.
 #pragma once
 
 #include "common/score_rules.h"
@@ -7,17 +7,15 @@
 
 namespace fa::sm90 {
 
-// Where a bias lies in shared memory, as rows of a tile from `row` on, all columns of it.
-template <typename Scores, typename Tile>
-FA_DEVICE void add_bias(Scores& r_scores, float scale, const Tile& s_bias, int row) {
-  const auto s_lane = device::LanePointer<Tile>::down_first(s_bias, row, 0);
+// load(r_bias, block) brings the bias of two blocks: of each, the upper and the lower rows.
+template <typename Element, typename Scores, typename Load>
+FA_DEVICE void add_bias_blocks(Scores& r_scores, float scale, Load&& load) {
 #pragma unroll
   for (int block = 0; block < Scores::kColBlocks; block += 2) {
-    uint32_t r_bias[4];  // of the two blocks: the upper and the lower rows of each
-    s_lane.load(r_bias, 0, block * device::kBlockCols);
+    uint32_t r_bias[4];
+    load(r_bias, block);
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      using Element = std::remove_const_t<std::remove_reference_t<decltype(s_bias.elements[0])>>;
       const auto pair = reinterpret_cast<const Element(&)[2]>(r_bias[part]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -28,7 +26,30 @@ FA_DEVICE void add_bias(Scores& r_scores, float scale, const Tile& s_bias, int r
   }
 }
 
-// A bias in global memory, of any strides and any dtype, for a warp's 16 queries and some keys.
+// Where a bias lies in shared memory, as rows of a tile from `row` on, all columns of it.
+template <typename Scores, typename Element, int kRows, int kCols>
+FA_DEVICE void add_bias(Scores& r_scores, float scale,
+                        const device::SmemTile<Element, kRows, kCols>& s_bias, int row) {
+  using Tile = device::SmemTile<Element, kRows, kCols>;
+  const auto s_lane = device::LanePointer<Tile>::down_first(s_bias, row, 0);
+  add_bias_blocks<Element>(r_scores, scale, [&](uint32_t (&r_bias)[4], int block) {
+    s_lane.load(r_bias, 0, block * device::kBlockCols);
+  });
+}
+
+// The same of transposed scores: columns of the tile from `col` on, all rows of it.
+template <typename Scores, typename Element, int kRows, int kCols>
+FA_DEVICE void add_transposed_bias(Scores& r_scores, float scale,
+                                   const device::SmemTile<Element, kRows, kCols>& s_bias, int col) {
+  using Tile = device::SmemTile<Element, kRows, kCols>;
+  const auto s_lane = device::LanePointer<Tile>::right_first(s_bias, 0, col);
+  add_bias_blocks<Element>(r_scores, scale, [&](uint32_t (&r_bias)[4], int block) {
+    s_lane.load_transposed(r_bias, block * device::kBlockCols, 0);
+  });
+}
+
+// A bias in global memory, of any strides and any dtype, for a warp's 16 queries and some keys, or
+// its 16 keys and some queries.
 struct BiasPart {
   const ScoreRules& rules;
   int batch;
@@ -37,6 +58,19 @@ struct BiasPart {
   int end_query;  // those that have a bias end there
   int first_key;
   int end_key;
+
+  // Of transposed scores: each lane's own elements as floats, in the order of its registers, each a
+  // warp's width from the next.
+  template <typename Scores>
+  FA_DEVICE void load_of_lane(float* s_lane) const {
+    if (rules.bias_dtype == Dtype::kFloat32) {
+      load_elements_of_lane<Scores, float>(s_lane);
+    } else if (rules.bias_dtype == Dtype::kBFloat16) {
+      load_elements_of_lane<Scores, __nv_bfloat16>(s_lane);
+    } else {
+      load_elements_of_lane<Scores, __half>(s_lane);
+    }
+  }
 
   // Makes floats of it, in rows of kCols of which the 32-byte units are permuted such that eight
   // rows of one unit column lie in different banks.
@@ -58,6 +92,18 @@ struct BiasPart {
   }
 
  private:
+  template <typename Scores, typename Element>
+  FA_DEVICE void load_elements_of_lane(float* s_lane) const {
+    const ScoreTensor& bias = rules.bias;
+    const Element* g_head = bias.of_head<const Element>(batch, head);
+#pragma unroll 2
+    for (int i = 0; i < 4 * Scores::kColBlocks; ++i) {
+      const int key = min(first_key + Scores::row(i / 2 % 2), end_key - 1);
+      const int query = min(first_query + Scores::col(i / 4, i), end_query - 1);
+      s_lane[i * ptx::kWarpSize] = device::to_float(__ldg(g_head + bias.offset(query, key)));
+    }
+  }
+
   template <int kCols, typename Element>
   FA_DEVICE void load_elements(float* s_floats) const {
     const ScoreTensor& bias = rules.bias;
@@ -93,6 +139,16 @@ FA_DEVICE void add_bias(Scores& r_scores, float scale, float* s_floats, BiasPart
       }
     }
     part.first_key += kCols;
+  }
+}
+
+// Transposed, by a lane whose elements lie as BiasPart::load_of_lane() leaves them.
+template <typename Scores>
+FA_DEVICE void add_bias_of_lane(Scores& r_scores, float scale, const float* s_lane) {
+#pragma unroll
+  for (int i = 0; i < 4 * Scores::kColBlocks; ++i) {
+    float& score = r_scores.r[0][i / 4][i % 4];
+    score = fmaf(score, scale, s_lane[i * ptx::kWarpSize]);
   }
 }
 

@@ -3,13 +3,14 @@
 // Hopper row and many geometries. What the warpgroups of a block see differs by as little as the
 // rings of that kernel need. head_group makes groups of equal size with work for all blocks, and
 // head_group_in_order as large ones as the L2 cache holds. turn_of_key_tile counts the tiles of
-// keys that add to a tile of dq before each.
+// keys that add to a tile of dq before each, with a prefix those that are seen alone.
 #include "common/key_tiles.h"
 
 #include <cstdint>
 #include <limits>
 
 #include "common/scheduler.h"
+#include "common/tile_map.h"
 #include "dispatch/kernel_table.h"
 #include "tests/support/check.h"
 
@@ -17,6 +18,7 @@ namespace {
 
 using fa::FwdParams;
 using fa::KeyTiles;
+using fa::PrefixWindow;
 using fa::Range;
 using fa::WindowMask;
 
@@ -101,6 +103,26 @@ void check_turns(const WindowMask& window, int tile_m, int tile_n) {
   }
 }
 
+// The same where all queries see some first keys, against the classes of all pairs of tiles.
+void check_turns_with_prefix(const WindowMask& window, int prefix, int tile_m, int tile_n) {
+  const PrefixWindow rules(window, prefix);
+  for (int tile = 0; tile * tile_m < window.seqlen_q(); ++tile) {
+    const Range queries = {tile * tile_m, (tile + 1) * tile_m};
+    int adders = 0;
+    for (int key_tile = (window.seqlen_k() - 1) / tile_n; key_tile >= 0; --key_tile) {
+      FA_EXPECT_EQ(fa::turn_of_key_tile(rules, tile, tile_m, key_tile, tile_n), adders, "tile",
+                   tile, "key tile", key_tile, "prefix", prefix);
+      const Range keys = {key_tile * tile_n, (key_tile + 1) * tile_n};
+      const Range seeing = rules.queries_seeing_any(keys);
+      const bool is_seen = fa::class_of(rules, queries, keys) != fa::TileClass::kHidden;
+      const bool is_walked = !seeing.empty() && seeing.begin / tile_m <= tile &&
+                             tile < fa::ceil_div(seeing.end, tile_m);
+      FA_EXPECT_EQ(is_walked, is_seen, "tile", tile, "key tile", key_tile, "prefix", prefix);
+      adders += is_seen ? 1 : 0;
+    }
+  }
+}
+
 void check_group_in_order(const FwdParams& params, int heads) {
   const int64_t all_heads = int64_t{heads} * params.shape.batch;
   const int64_t group = fa::head_group_in_order(params, {1, heads, params.shape.batch});
@@ -142,6 +164,10 @@ int main() {
             check_turns(window, 64, 128);
             check_turns(window, 128, 128);
             check_turns(window, 64, 64);
+            for (const int prefix : {0, 1, 129, 300}) {
+              check_turns_with_prefix(window, fa::min(prefix, seqlen_k), 64, 128);
+              check_turns_with_prefix(window, fa::min(prefix, seqlen_k), 128, 128);
+            }
           }
         }
       }

@@ -148,12 +148,15 @@ void run_forward(int row, const Problem<Element>& problem) {
   DeviceTensor<float> lse(problem.of_statistics);
   const DeviceTileMap map(problem.shape, problem.queries, problem.rules.view(), config.tile_m,
                           config.tile_n);
-  registry().kernels[row].forward(problem.forward(out, lse, map.view()), {});
+  FwdParams params = problem.forward(out, lse, map.view());
+  const DevicePairBits pair_bits(params, config);
+  params.pair_bits = pair_bits.view();
+  registry().kernels[row].forward(params, {});
   wait_for(config, problem.test);
   compare(config, problem.test, "out", out, problem.expected.out, problem.shape.head_dim_v,
           bound_of(config));
-  if (!map.guards_hold()) {
-    fail(config, problem.test, "tile map: wrote outside");
+  if (!map.guards_hold() || !pair_bits.guards_hold()) {
+    fail(config, problem.test, "tile map or pair bits: wrote outside");
   }
   compare_lse(config, problem.test, lse, problem.expected.lse);
 }
@@ -210,9 +213,11 @@ class BackwardTest {
     const DeviceTileMap map(shape, problem_.queries, problem_.rules.view(), config().tile_m,
                             config().tile_n);
     const ScoreTensor dbias =
-        test().rules.bias ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
-                          : ScoreTensor{};
-    const BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
+        has_dbias() ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
+                    : ScoreTensor{};
+    BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
+    const DevicePairBits pair_bits(params, config());
+    params.pair_bits = pair_bits.view();
     std::vector<Element> dq;
     for (int repeat = 0; repeat < (deterministic ? test().repeats : 1); ++repeat) {
       memory.poison();
@@ -235,20 +240,20 @@ class BackwardTest {
     compare(config(), test(), "dk" + mode, dk_, expected.dk, shape.head_dim, bound);
     compare(config(), test(), "dv" + mode, dv_, expected.dv, shape.head_dim_v, bound);
     compare_dbias(mode, bound);
-    if (!memory.guards_hold() || !map.guards_hold()) {
+    if (!memory.guards_hold() || !map.guards_hold() || !pair_bits.guards_hold()) {
       fail(config(), test(), "workspace" + mode + ": wrote outside");
     }
   }
 
   // Zero where the bias has entries, poison in the gaps.
   void clear_dbias() {
-    if (test().rules.bias) {
+    if (has_dbias()) {
       dbias_.upload(problem_.rules.bytes_of(std::vector<double>(entries().size()), entries()));
     }
   }
 
   void compare_dbias(const std::string& mode, double bound) {
-    if (!test().rules.bias) {
+    if (!has_dbias()) {
       return;
     }
     ++g_checks;
@@ -280,6 +285,7 @@ class BackwardTest {
     }
   }
 
+  bool has_dbias() const { return test().rules.bias && !config().lacks_bias_gradient(); }
   const std::vector<bool>& entries() const { return problem_.bias_entries; }
 
   int row_;

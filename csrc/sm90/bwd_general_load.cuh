@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The warps of the general backward kernel that do not compute, but for the one that loads keys,
+// which is as in the plain kernel.
+#pragma once
+
+#include "ptx/reduce.cuh"
+#include "sm90/bwd_general_traits.h"
+#include "sm90/bwd_load.cuh"
+
+namespace fa::sm90 {
+
+// As of the plain kernel, and a bias in boxes of a tile's queries, if it comes by TMA.
+struct GeneralBwdTensorMaps : BwdTensorMaps {
+  CUtensorMap bias;
+  bool loads_bias;
+};
+
+// By one thread: copies the bias of a tile of queries and a tile of keys.
+template <typename Tile>
+FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
+                         const ScoreTensor& bias, int batch, int head, int first_query,
+                         int first_key) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::tma_load(s_bias.elements + panel * Tile::kRows * Tile::kPanelCols, &map,
+                  {first_key + panel * Tile::kPanelCols, first_query,
+                   bias.head_stride == 0 ? 0 : head, bias.batch_stride == 0 ? 0 : batch},
+                  s_full);
+  }
+}
+
+// Loads the tiles of queries that see some of the keys, with dout, statistics and bias, or the bits
+// of mixed ones where there is no bias, and tells of each with its queries, by one warp. Before it
+// tells whether an item has any.
+template <typename Traits>
+FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTensorMaps& maps,
+                                    typename Traits::SharedMemory& s) {
+  constexpr int kTileM = Traits::kTileM;
+  constexpr int kBytesOfBits = kTileM * Traits::kTileN / 8;
+  device::RingPosition<kWorkStages> work_at;
+  device::RingPosition<kBwdStages> at;
+  device::RingPosition<1> may_take_at;
+  Landing landing = {s.landings[1]};
+  for (;; work_at.advance()) {
+    work_at.wait(s.work_ring);
+    auto& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    VisibleQueryTiles<kTileM, Traits::kTileN> tiles(params, s_work);
+    bool may_take = false;
+    const auto let_take = [&](bool is_time) {
+      if (is_time && !may_take) {
+        may_take = true;
+        if (ptx::lane_index() == 0) {
+          may_take_at.fill(s.may_take);
+        }
+      }
+    };
+    let_take(tiles.done());
+    if (ptx::lane_index() == 0) {
+      s_work.has_visible_tiles = !tiles.done();
+      work_at.fill(s.visible_ring);
+    }
+    while (!tiles.done()) {
+      const QueryTile tile = tiles.current();
+      const auto index =
+          static_cast<int>(params.workspace.index(tile.head, s_work.first_query_tile + tile.tile));
+      const bool is_mixed = tiles.is_mixed();
+      tiles.advance();
+      let_take(tiles.has_at_most(kQueryTilesToTakeAhead - 1));
+      const int first_query = tile.tile * kTileM;
+      const int keep = rows_to_keep(params.queries, s_work.queries, first_query, kTileM);
+      const int row = s_work.queries.begin + first_query;
+      const int batch = s_work.batch_of_queries(params);
+      auto& s_q = s.q[at.stage()];
+      auto& s_dout = s.dout[at.stage()];
+      auto& s_bias = s.bias[at.stage()];
+      auto& s_statistics = s.statistics[at.stage()];
+      at.wait_empty(s.q_ring);
+      if (ptx::lane_index() == 0) {
+        s.told[at.stage()] = ToldTile::of(index, tile, is_mixed, tiles.done());
+      }
+      const bool loads_bits =
+          is_mixed && params.pair_bits.words != nullptr && params.rules.bias.data == nullptr;
+      const int bytes_of_bits = loads_bits ? kBytesOfBits : 0;
+      const int bytes_of_bias = maps.loads_bias ? sizeof(s_bias) : 0;
+      fill_stage(
+          s.q_ring, at, sizeof(s_q) + sizeof(s_statistics) + bytes_of_bits + bytes_of_bias,
+          keep < kTileM, landing,
+          [&](uint64_t& s_barrier) {
+            copy_rows(s_q, 0, s_barrier, maps.q, row, tile.head, batch);
+            ptx::bulk_load(&s_statistics, params.workspace.lse_log2(index), sizeof(s_statistics),
+                           s_barrier);
+            if (maps.loads_bias) {
+              copy_bias(s_bias, s_barrier, maps.bias, params.rules.bias, s_work.tile.batch,
+                        tile.head, first_query, s_work.first_key);
+            }
+            if (loads_bits) {
+              ptx::bulk_load(
+                  s.bits(at.stage()),
+                  params.pair_bits.tile(s_work.tile.batch, tile.head, tile.tile, s_work.key_tile()),
+                  kBytesOfBits, s_barrier);
+            }
+          },
+          [&](int lane) { clear_rows<ptx::kWarpSize>(s_q, keep, lane); });
+      fill_stage(
+          s.dout_ring, at, sizeof(s_dout), keep < kTileM, landing,
+          [&](uint64_t& s_barrier) {
+            copy_rows(s_dout, 0, s_barrier, maps.dout, row, tile.head, batch);
+          },
+          [&](int lane) { clear_rows<ptx::kWarpSize>(s_dout, keep, lane); });
+      at.advance();
+    }
+    __syncwarp();
+    work_at.release(s.work_ring);
+  }
+}
+
+// As keep_turns(), of tiles of queries that see some of the keys.
+template <typename Traits>
+FA_DEVICE void keep_turns_of_visible(const BwdParams& params, typename Traits::SharedMemory& s,
+                                     bool begins) {
+  device::RingPosition<kWorkStages> work_at;
+  device::RingPosition<kBwdStages> at;
+  for (;; work_at.advance()) {
+    work_at.wait(s.work_ring);
+    const auto& s_work = s.work[work_at.stage()];
+    if (s_work.is_end()) {
+      break;
+    }
+    VisibleQueryTiles<Traits::kTileM, Traits::kTileN> tiles(params, s_work);
+    for (; !tiles.done(); tiles.advance(), at.advance()) {
+      const QueryTile tile = tiles.current();
+      const int turn = begins ? s_work.turn(params.tile_map, tile) : 0;
+      if (ptx::lane_index() == 0) {
+        int* g_turn = params.workspace.turn(
+            params.workspace.index(tile.head, s_work.first_query_tile + tile.tile));
+        if (begins) {
+          at.wait_empty(s.added_ring);
+          while (ptx::load_acquire(g_turn) < turn) {
+          }
+          at.fill(s.turn_ring);
+        } else {
+          at.wait(s.added_ring);
+          ptx::add_release(g_turn, 1);
+          at.release(s.added_ring);
+        }
+      }
+      __syncwarp();
+    }
+    __syncwarp();
+    work_at.release(s.work_ring);
+  }
+}
+
+}  // namespace fa::sm90
