@@ -74,12 +74,21 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     }
     is_leaving = false;
   };
+  using Seen = SeenPairs<kTileN>;
+  const auto read_key_tile = [&] { return KeyTile{ptx::uniform(s.key_tiles[k_at.stage()].bits)}; };
   const auto release_key_tile = [&] {
-    const KeyTile tile = {ptx::uniform(s.key_tiles[k_at.stage()].bits)};
     __syncwarp();
     k_at.release(s.k_ring);
     k_at.advance();
-    return tile;
+  };
+  // While products are on their way, where there are registers.
+  constexpr bool kLoadsAhead = Traits::kHeadDim <= 128;
+  const auto load_seen = [&](typename Seen::OfThread& r_seen, const KeyTile& key_tile,
+                             bool is_ahead) {
+    if (is_ahead == kLoadsAhead && key_tile.is_mixed()) {
+      seen_at.wait(s.seen_ring[warpgroup]);
+      s.seen[warpgroup].load(r_seen, row_of_warp);
+    }
   };
 
   const auto release_work = [&] {
@@ -103,7 +112,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                                           s_work.tile.head, params.shape.head_dim_v);
     };
     // Turns the products of a tile into scores.
-    const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile) {
+    const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile,
+                                 typename Seen::OfThread& r_seen) {
       if (maps.loads_bias) {
         bias_at.wait(s.bias_ring[warpgroup]);
         add_bias(r_scores, softmax_scale, s.bias[warpgroup], row_of_warp);
@@ -119,9 +129,14 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       } else if (scales_scores) {
         r_scores.scale(softmax_scale);
       }
+      load_seen(r_seen, key_tile, false);
       if (key_tile.is_mixed()) {
-        seen_at.wait(s.seen_ring[warpgroup]);
-        s.seen[warpgroup].keep_seen(r_scores, row_of_warp);
+        Seen::keep_seen(r_scores, r_seen);
+      }
+    };
+    // When the softmax has used it, so that what comes next overtakes no load.
+    const auto release_seen = [&](const KeyTile& key_tile) {
+      if (key_tile.is_mixed()) {
         __syncwarp();
         seen_at.release(s.seen_ring[warpgroup]);
         seen_at.advance();
@@ -137,7 +152,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       q_at.wait(s_q_ring);
     }
     k_at.wait(s.k_ring);
-    if (!KeyTile{ptx::uniform(s.key_tiles[k_at.stage()].bits)}.exists()) {
+    KeyTile key_tile = read_key_tile();
+    if (!key_tile.exists()) {
       release_key_tile();
       if (has_queries) {
         ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have waited for q
@@ -155,23 +171,26 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     // The scores of the first tile.
     const auto& s_q = s.q[q_at.stage()];
     typename Traits::Probabilities r_p;
-    KeyTile key_tile;
     {
       Scores r_scores;
+      typename Seen::OfThread r_seen;
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
+      load_seen(r_seen, key_tile, true);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_scores.r[0]);
-      key_tile = release_key_tile();
-      apply_rules(r_scores, key_tile);
+      release_key_tile();
+      apply_rules(r_scores, key_tile, r_seen);
       softmax.begin(r_scores, r_p);
+      release_seen(key_tile);
     }
     Out r_out;  // not yet normalized
     r_out.clear();
     // Adds the product of one tile's p and turns the scores of the next into its p.
     while (!key_tile.is_last()) {
       Scores r_scores;
+      typename Seen::OfThread r_seen;
       typename Out::RowValues rescale;
       const int q_row = ptx::uniform(static_cast<int>(ptx::opaque(warpgroup_row)));
       k_at.wait_both(s.k_ring, v_at, s.v_ring);
@@ -182,16 +201,19 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
       ptx::wgmma_commit();
       turns.end();
+      key_tile = read_key_tile();
+      load_seen(r_seen, key_tile, true);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_out.r[0]);
       ptx::wgmma_pin(r_scores.r[0]);
-      key_tile = release_key_tile();
+      release_key_tile();
       v_at.release(s.v_ring);
       v_at.advance();
-      apply_rules(r_scores, key_tile);
+      apply_rules(r_scores, key_tile, r_seen);
       if (softmax.next(r_scores, r_p, rescale)) {
         r_out.scale_rows(rescale);
       }
+      release_seen(key_tile);
     }
     v_at.wait(s.v_ring);
     const int rows_of_last = s_work.keys.length - key_tile.tile() * kTileN;

@@ -42,22 +42,31 @@ struct SeenPairs {
     }
   }
 
-  // Of a warp's 16 rows, of which the first is `row`: scores of hidden pairs become -inf.
-  template <typename Scores>
-  FA_DEVICE void keep_seen(Scores& r_scores, int row) const {
-    constexpr int kBitsOfBlock = device::kBlockCols / kWords;
+  // Of a warp's 16 rows, of which the first is `row`: what a thread needs of its two.
+  using OfThread = uint32_t[2];
+  FA_DEVICE void load(OfThread& r_seen, int row) const {
     const int pair = ptx::lane_index() % 4;  // of the columns of a block
     const int word = kWords == 4 ? pair % 2 * 2 + pair / 2 : pair % 2;
     const int shift = kWords == 4 ? 0 : pair / 2 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t bits = words[row + Scores::row(half)][word] >> shift;
+      const int row_of_lane = device::kBlockRows / 2 * half + ptx::lane_index() / 4;
+      r_seen[half] = words[row + row_of_lane][word] >> shift;
+    }
+  }
+
+  // Scores of hidden pairs become -inf.
+  template <typename Scores>
+  static FA_DEVICE void keep_seen(Scores& r_scores, const OfThread& r_seen) {
+    constexpr int kBitsOfBlock = device::kBlockCols / kWords;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int block = 0; block < Scores::kColBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = r_scores.r[0][block][2 * half + i];
-          score = (bits & 1u << (block * kBitsOfBlock + i)) != 0 ? score : -INFINITY;
+          score = (r_seen[half] & 1u << (block * kBitsOfBlock + i)) != 0 ? score : -INFINITY;
         }
       }
     }

@@ -391,7 +391,9 @@ __global__ void seen_pairs_kernel(const __grid_constant__ ScoreRules rules, Wind
   for (int row = 0; row < sm90::SeenPairs<kKeys>::kRows; row += device::kBlockRows) {
     device::Accumulator<device::kBlockRows, kKeys> r_scores;
     r_scores.transform([](float, int, int, int) { return 1.0f; });
-    s_pairs.keep_seen(r_scores, row);
+    typename sm90::SeenPairs<kKeys>::OfThread r_seen;
+    s_pairs.load(r_seen, row);
+    s_pairs.keep_seen(r_scores, r_seen);
     dump(r_scores, g_scores, kKeys, row, 0);
   }
 }
