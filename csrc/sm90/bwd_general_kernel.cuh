@@ -148,13 +148,13 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
                   {s_work.tile.batch, tile.head, first_query, first_key + warp_row}, words);
       }
       if (has_bias && !maps.loads_bias) {
-        const BiasPart bias = {rules,
-                               s_work.tile.batch,
-                               tile.head,
-                               first_query,
-                               s_work.queries.length,
-                               first_key + warp_row,
-                               s_work.keys.length};
+        const BiasPart<true> bias = {rules,
+                                     s_work.tile.batch,
+                                     tile.head,
+                                     first_query,
+                                     s_work.queries.length,
+                                     first_key + warp_row,
+                                     s_work.keys.length};
         bias.load_of_lane<Scores>(s.bias_of_lane(warp_row));
       }
       Scores r_ds;  // dp, then ds
@@ -167,7 +167,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       if (maps.loads_bias) {
         add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], warp_row);
       } else if (has_bias) {
-        add_bias_of_lane(r_p, softmax_scale, s.bias_of_lane(warp_row));
+        add_bias_of_lane<Scores::kColBlocks>(r_p, softmax_scale, s.bias_of_lane(warp_row));
       }
       ColumnValues<Scores> lse_log2;
       if (Traits::kLoadsStatisticsAhead) {

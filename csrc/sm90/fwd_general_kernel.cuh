@@ -10,8 +10,6 @@
 //   A bias of the inputs' dtype with consecutive keys comes by TMA, and has a stage of its own for
 //   each warpgroup, which is free again as soon as it has been added. Any other bias is read from
 //   global memory by those who compute.
-//   What the rules need of registers leaves none for a second p: a warpgroup waits for both of its
-//   products, and its softmax runs under those of the other.
 //   out leaves through the queries' place.
 #pragma once
 
@@ -203,14 +201,19 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       turns.end();
       key_tile = read_key_tile();
       load_seen(r_seen, key_tile, true);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_out.r[0]);
+      ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
-      v_at.release(s.v_ring);
-      v_at.advance();
       apply_rules(r_scores, key_tile, r_seen);
-      if (softmax.next(r_scores, r_p, rescale)) {
+      typename Traits::Probabilities r_next;
+      const bool raised = softmax.next(r_scores, r_next, rescale, [&] {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_out.r[0]);
+        v_at.release(s.v_ring);
+        v_at.advance();
+      });
+      r_p.copy(r_next);
+      if (raised) {
         r_out.scale_rows(rescale);
       }
       release_seen(key_tile);

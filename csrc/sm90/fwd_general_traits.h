@@ -73,9 +73,9 @@ struct GeneralFwdTraits {
     KeyTile key_tiles[kKvStages];                // of the stages of keys
     GeneralFwdWork work[kWorkStages];
 
-    // In place of 16 rows of a bias, half as many floats.
+    // In place of 16 rows of a bias, half as many floats: the first of this lane.
     static FA_DEVICE float* floats_in(Bias& s_bias, int row) {
-      return reinterpret_cast<float*>(s_bias.elements) + row * (kTileN / 2);
+      return reinterpret_cast<float*>(s_bias.elements) + row * (kTileN / 2) + ptx::lane_index();
     }
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);
