@@ -170,16 +170,19 @@ FA_DEVICE TileClass class_by_data(const TileMapParams& params, int batch, int he
   return result;
 }
 
-// The scheduler's tile is kWarps tiles of keys, its batch is the number of a tile of queries.
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    flash_tile_map(const __grid_constant__ TileMapParams params, const TileScheduler scheduler) {
+// Writes the class of a tile of queries, which the scheduler's batch numbers, and a tile of keys,
+// the one at `place` among the block's kTiles. by_data(batch, head, queries, keys, g_words): what
+// masks and documents say of those that exist; g_words: what stands for the first mask, or null.
+template <int kTiles, typename ByData>
+FA_DEVICE void tell_class(const TileMapParams& params, const TileScheduler& scheduler, int place,
+                          bool writes, ByData&& by_data) {
   const Shape& shape = params.shape;
   const WorkTile item = scheduler.at(scheduler.first + blockIdx.x);
   const auto tile =
       device::find_tile(params.queries, item.batch, shape.batch, shape.seqlen_q, params.tile_m);
   const int queries = params.queries.at(tile.batch, shape.seqlen_q).length;
   const int keys = params.keys.at(tile.batch, shape.seqlen_k).length;
-  const int key_tile = item.tile * kWarps + ptx::warp_index();
+  const int key_tile = item.tile * kTiles + place;
   const int first_query = tile.tile * params.tile_m;
   const int first_key = key_tile * params.tile_n;
   if (first_query >= queries || first_key >= keys) {
@@ -195,15 +198,51 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                           (query_range.end <= queries || queries == shape.seqlen_q) &&
                           (key_range.end <= keys || keys == shape.seqlen_k);
     result = both(
-        result,
-        class_by_data(params, tile.batch, item.head, {first_query, min(query_range.end, queries)},
-                      {first_key, min(key_range.end, keys)},
-                      has_bits ? params.pair_bits.tile(tile.batch, item.head, tile.tile, key_tile)
-                               : nullptr));
+        result, by_data(tile.batch, item.head, Range{first_query, min(query_range.end, queries)},
+                        Range{first_key, min(key_range.end, keys)},
+                        has_bits ? params.pair_bits.tile(tile.batch, item.head, tile.tile, key_tile)
+                                 : nullptr));
   }
-  if (ptx::lane_index() == 0) {
+  if (writes) {
     params.map.row(item.head, item.batch)[key_tile] = result;
   }
+}
+
+// By a warp for each class.
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    flash_tile_map(const __grid_constant__ TileMapParams params, const TileScheduler scheduler) {
+  tell_class<kWarps>(params, scheduler, ptx::warp_index(), ptx::lane_index() == 0,
+                     [&](int batch, int head, Range queries, Range keys, const uint32_t* g_words) {
+                       return class_by_data(params, batch, head, queries, keys, g_words);
+                     });
+}
+
+// By a thread, where one byte of each mask stands for all pairs of a tile.
+__global__ void __launch_bounds__(kThreads)
+    flash_block_map(const __grid_constant__ TileMapParams params, const TileScheduler scheduler) {
+  tell_class<kThreads>(params, scheduler, static_cast<int>(threadIdx.x), true,
+                       [&](int batch, int head, Range queries, Range keys, const uint32_t*) {
+                         bool all_show = true;
+                         for (const KeepMask& mask : params.rules.masks) {
+                           if (mask.data != nullptr) {
+                             const uint8_t* g_mask = mask.of_head<const uint8_t>(batch, head);
+                             all_show &=
+                                 __ldg(g_mask + mask.offset(queries.begin >> mask.block_log2,
+                                                            keys.begin >> mask.block_log2)) != 0;
+                           }
+                         }
+                         return all_show ? TileClass::kSeen : TileClass::kHidden;
+                       });
+}
+
+// Whether every tile lies within one block of every mask.
+bool is_of_blocks(const TileMapParams& params) {
+  bool result = params.rules.document_ids == nullptr;
+  for (const KeepMask& mask : params.rules.masks) {
+    const int block = 1 << mask.block_log2;
+    result &= mask.data == nullptr || (block % params.tile_m == 0 && block % params.tile_n == 0);
+  }
+  return result;
 }
 
 }  // namespace
@@ -213,9 +252,15 @@ void launch_tile_map(const TileMapParams& params, void* stream) {
   const int64_t query_tiles = params.queries.count_tiles(shape.batch, params.queries.packed_rows,
                                                          shape.seqlen_q, params.tile_m);
   const int heads = params.map.head_stride == 0 ? 1 : shape.num_heads;
-  const TileScheduler scheduler = {ceil_div(params.map.key_tiles, kWarps), heads,
-                                   shape.batch == 0 ? 0 : static_cast<int>(query_tiles)};
-  launch<flash_tile_map>("flash_tile_map", params, scheduler, kThreads, 0, stream);
+  const auto scheduler = [&](int tiles) {
+    return TileScheduler{ceil_div(params.map.key_tiles, tiles), heads,
+                         shape.batch == 0 ? 0 : static_cast<int>(query_tiles)};
+  };
+  if (is_of_blocks(params)) {
+    launch<flash_block_map>("flash_block_map", params, scheduler(kThreads), kThreads, 0, stream);
+  } else {
+    launch<flash_tile_map>("flash_tile_map", params, scheduler(kWarps), kThreads, 0, stream);
+  }
 }
 
 }  // namespace fa::support
