@@ -4,16 +4,16 @@
 // and writes it once: the order of the sum is fixed. Along a dimension that is broadcast there is
 // one tile for all, whose rows or columns are added up in the end.
 //
-// Scores are transposed, (keys, queries), of a tile of the row of the kernel table; a tile of the
-// gradient has 128 queries, in one or two parts. Those who compute are told of each tile of scores
-// that has a pair which is seen, and of whatever comes with it. The sums of a tile of the gradient
-// leave when the next one begins, under its first products.
+// A tile of the gradient has 128 queries: one tile of the row of the kernel table, or two. Scores
+// are transposed, (keys, queries), of 64 queries at a time. Those who compute are told of each of
+// the row's tiles in which some pair is seen, and of whatever comes with it. The sums of a tile of
+// the gradient leave when the next one begins, under its first products.
 //
 // One warp loads, for those who compute, in rings of two stages each:
 //   q      and what is told of the tile
 //   dout   and statistics
 //   keys   k and v, where they are not those of the tile before; free when the next ones are there
-//   bias   if TMA brings it, once for each part of a tile of the gradient; free when the last one
+//   bias   if TMA brings it, once for each tile of the row in one of the gradient; free when the last one
 //          who shares it has added it or, if that is not known then, when the next tile begins
 #pragma once
 
@@ -34,6 +34,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
   using Scores = typename Traits::Scores;
   constexpr int kTileM = Traits::kTileM;
   constexpr int kTileN = Traits::kTileN;
+  constexpr int kPartQueries = Traits::kPartQueries;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kMathBarrier = 1;
 
@@ -86,78 +87,90 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
     const int batch = ptx::uniform(s_told.batch);
     const int head = ptx::uniform(s_told.head);
     const int query_tile = ptx::uniform(s_told.query_tile);
-    const int first_query = query_tile * kTileM;
     const int first_key = ptx::uniform(s_told.key_tile) * kTileN;
     const auto& s_keys = s.keys[next_keys.previous_stage()];
     const auto& s_statistics = s.statistics[at.stage()];
-    // Else where the keys' rows lie would be kept in registers, one for each step of the products.
-    const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
+#pragma unroll 1
+    for (int row = 0; row < kTileM; row += kPartQueries) {
+      const bool is_first = row == 0;
+      const bool is_last = row + kPartQueries == kTileM;
+      const int first_query = query_tile * kTileM + row;
+      // Else where the keys' rows lie would be kept in registers, one for each step of the products.
+      const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
-    Scores r_p;
-    ptx::wgmma_fence();
-    device::issue_abt<kHeadDim>(r_p, s_keys.k, key_row, s.q[at.stage()]);
-    ptx::wgmma_commit();
-    at.wait(s.dout_ring);
-    Scores r_ds;  // dp, then ds
-    ptx::wgmma_fence();
-    device::issue_abt<kHeadDim>(r_ds, s_keys.v, key_row, s.dout[at.stage()]);
-    ptx::wgmma_commit();
+      Scores r_p;
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_p, s_keys.k, key_row, s.q[at.stage()], row);
+      ptx::wgmma_commit();
+      at.wait(s.dout_ring);
+      Scores r_ds;  // dp, then ds
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_ds, s_keys.v, key_row, s.dout[at.stage()], row);
+      ptx::wgmma_commit();
 
-    if (is_told(ToldScores::kBegins)) {
-      release_bias(held);
-      store();
-      r_sums.clear();
-      place = {batch, head, query_tile / Traits::kParts * Traits::kQueries, first_key};
-    }
-    SeenQueries<Scores> seen;
-    if (is_told(ToldScores::kMixed)) {
-      seen.find(rules, s_told.prefix_window(), {batch, head, first_query, first_key + warp_row});
-    }
-    if (!maps.loads_bias) {
-      const WindowMask& window = s_told.window;
-      const BiasPart bias = {rules,       batch,
-                             head,        first_query,
-                             window.seqlen_q(), first_key + warp_row,
-                             window.seqlen_k()};
-      bias.load_of_lane<Scores>(s_bias_of_lane);
-    } else if (is_told(ToldScores::kBringsBias)) {
-      held |= 1u << next_bias.stage();
-      next_bias.wait(s.bias_ring);
-      next_bias.advance();
-    }
-
-    ptx::wgmma_wait<1>();
-    ptx::wgmma_pin(r_p.r[0]);
-    at.release(s.q_ring);
-    if (maps.loads_bias) {
-      const int stage = is_told(ToldScores::kSecondBiasStage) ? 1 : 0;
-      add_transposed_bias(r_p, softmax_scale, s.bias[stage], warp_row);
-      if (is_told(ToldScores::kFreesBias)) {
-        release_bias(1u << stage);
+      if (is_first && is_told(ToldScores::kBegins)) {
+        release_bias(held);
+        store();
+        r_sums.clear();
+        place = {batch, head, query_tile / Traits::kTiles * Traits::kQueries, first_key};
       }
-    } else {
-      add_bias_of_lane(r_p, softmax_scale, s_bias_of_lane);
-    }
-    ColumnValues<Scores> lse_log2;
-    lse_log2.load(s_statistics.lse_log2);
-    r_p.transform([&](float score, int, int block, int i) {
-      return ptx::exp2_approx(fmaf(score, kLog2E, -lse_log2.of(block, i)));
-    });
+      SeenQueries<Scores> seen;
+      if (is_told(ToldScores::kMixed)) {
+        seen.find(rules, s_told.prefix_window(), {batch, head, first_query, first_key + warp_row});
+      }
+      if (!maps.loads_bias) {
+        const WindowMask& window = s_told.window;
+        const BiasPart bias = {rules,
+                               batch,
+                               head,
+                               first_query,
+                               window.seqlen_q(),
+                               first_key + warp_row,
+                               window.seqlen_k()};
+        bias.load_of_lane<Scores>(s_bias_of_lane);
+      } else if (is_first && is_told(ToldScores::kBringsBias)) {
+        held |= 1u << next_bias.stage();
+        next_bias.wait(s.bias_ring);
+        next_bias.advance();
+      }
 
-    ColumnValues<Scores> delta;
-    delta.load(s_statistics.delta);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_pin(r_ds.r[0]);
-    r_ds.transform([&](float dp, int, int block, int i) {
-      return r_p.r[0][block][i] * (dp - delta.of(block, i));
-    });
-    if (is_told(ToldScores::kMixed)) {  // of a hidden pair p may be anything, and dp infinite
-      seen.keep(r_ds);
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_pin(r_p.r[0]);
+      if (is_last) {
+        at.release(s.q_ring);
+      }
+      if (maps.loads_bias) {
+        const int stage = is_told(ToldScores::kSecondBiasStage) ? 1 : 0;
+        add_transposed_bias(r_p, softmax_scale, s.bias[stage], row, warp_row);
+        if (is_last && is_told(ToldScores::kFreesBias)) {
+          release_bias(1u << stage);
+        }
+      } else {
+        add_bias_of_lane(r_p, softmax_scale, s_bias_of_lane);
+      }
+      ColumnValues<Scores> lse_log2;
+      lse_log2.load(s_statistics.lse_log2 + row);
+      r_p.transform([&](float score, int, int block, int i) {
+        return ptx::exp2_approx(fmaf(score, kLog2E, -lse_log2.of(block, i)));
+      });
+
+      ColumnValues<Scores> delta;
+      delta.load(s_statistics.delta + row);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(r_ds.r[0]);
+      r_ds.transform([&](float dp, int, int block, int i) {
+        return r_p.r[0][block][i] * (dp - delta.of(block, i));
+      });
+      if (is_told(ToldScores::kMixed)) {  // of a hidden pair p may be anything, and dp infinite
+        seen.keep(r_ds);
+      }
+      if (is_last) {
+        ptx::fence_async_proxy();  // TMA overtakes loads
+        __syncwarp();
+        at.release(s.dout_ring);
+      }
+      r_sums.add(first_query / kPartQueries % Traits::kParts, r_ds);
     }
-    ptx::fence_async_proxy();  // TMA overtakes loads
-    __syncwarp();
-    at.release(s.dout_ring);
-    r_sums.add(query_tile % Traits::kParts, r_ds);
   }
   store();
 }

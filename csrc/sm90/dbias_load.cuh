@@ -33,10 +33,10 @@ class DbiasLoader {
                                 batch);
       const int64_t first_tile = params_.queries.first_tile(batch, shape.seqlen_q, kTileM);
       const int all = ceil_div(queries.length, kTileM);
-      const int first = query_tile * Traits::kParts;
+      const int first = query_tile * Traits::kTiles;
       const Range query_tiles = dbias.query_stride == 0
                                     ? Range{0, all}
-                                    : Range{min(first, all), min(first + Traits::kParts, all)};
+                                    : Range{min(first, all), min(first + Traits::kTiles, all)};
       const Range key_tiles =
           shared_range(key_tile, ceil_div(keys.length, kTileN), dbias.key_stride);
       const bool is_last_batch = batch + 1 == batches.end;
@@ -111,14 +111,14 @@ class DbiasLoader {
       told.bits |= ToldScores::kBringsKeys;
       load_keys(keys);
     }
-    const int part = told.query_tile % Traits::kParts;
-    const bool brings_bias = maps_.loads_bias && (has_bias_ >> part & 1) == 0;
+    const int place = told.query_tile % Traits::kTiles;
+    const bool brings_bias = maps_.loads_bias && (has_bias_ >> place & 1) == 0;
     if (brings_bias) {
-      has_bias_ |= 1 << part;
-      bias_stages_ = (bias_stages_ & ~(1 << part)) | bias_at_.stage() << part;
+      has_bias_ |= 1 << place;
+      bias_stages_ = (bias_stages_ & ~(1 << place)) | bias_at_.stage() << place;
       told.bits |= ToldScores::kBringsBias;
     }
-    if ((bias_stages_ >> part & 1) != 0) {
+    if ((bias_stages_ >> place & 1) != 0) {
       told.bits |= ToldScores::kSecondBiasStage;
     }
 
@@ -199,8 +199,8 @@ class DbiasLoader {
   int keys_batch_ = -1;
   int keys_tile_ = -1;
   int keys_head_ = -1;
-  // Of the tile of the gradient: whether nothing of it has been loaded; and a bit for each part,
-  // whether its bias has been, and in which stage.
+  // Of the tile of the gradient: whether nothing of it has been loaded; and a bit for each of
+  // the row's tiles in it, whether its bias has been, and in which stage.
   bool begins_ = false;
   int has_bias_ = 0;
   int bias_stages_ = 0;

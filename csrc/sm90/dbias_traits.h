@@ -15,11 +15,19 @@ struct DbiasTraits : NarrowBwdTraits<kRow> {
   using ScoreTile = typename Base::ScoreTile;
   static constexpr int kKeyStages = 2;
 
-  // A tile of the gradient is one or two of the row's, as many as one of both stages of the bias.
-  static constexpr int kQueries = 128;
-  static constexpr int kParts = kQueries / Base::kTileM;
+  // Scores are computed of so many queries at a time; a tile of the gradient is two such parts, of
+  // one tile of the row or of two.
+  static constexpr int kPartQueries = 64;
+  static constexpr int kParts = 2;
+  static constexpr int kQueries = kParts * kPartQueries;
+  static constexpr int kPartsOfTile = Base::kTileM / kPartQueries;
+  static constexpr int kTiles = kParts / kPartsOfTile;
+  static_assert(kTiles * Base::kTileM == kQueries);
+  using Scores = device::Accumulator<device::kBlockRows, kPartQueries>;  // (keys, queries)
+
+  // Every tile's bias has one.
   static constexpr int kBiasStages = 2;
-  static_assert(kParts * Base::kTileM == kQueries && kParts <= kBiasStages);
+  static_assert(kTiles <= kBiasStages);
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {
@@ -37,14 +45,14 @@ struct DbiasTraits : NarrowBwdTraits<kRow> {
 
     // In place of a bias that TMA does not bring, a warp's share, by its first key.
     FA_DEVICE float* floats_of_warp(int key) {
-      return reinterpret_cast<float*>(bias[0].elements) + key * Base::kTileM;
+      return reinterpret_cast<float*>(bias[0].elements) + key * kPartQueries;
     }
   };
   static constexpr int kSmemOfHopper = 227 * 1024;  // of a block
   static_assert(sizeof(ScoreTile) % 1024 == 0);
   static_assert(sizeof(SharedMemory) <= kSmemOfHopper);
   static_assert(sizeof(ScoreTile[kBiasStages]) >=
-                Base::kTileN * Base::kTileM * static_cast<int>(sizeof(float)));
+                Base::kTileN * kPartQueries * static_cast<int>(sizeof(float)));
 };
 
 }  // namespace fa::sm90

@@ -37,12 +37,13 @@ FA_DEVICE void add_bias(Scores& r_scores, float scale,
   });
 }
 
-// The same of transposed scores: columns of the tile from `col` on, all rows of it.
+// The same of transposed scores: columns of the tile from `col` on, rows of it from `row` on.
 template <typename Scores, typename Element, int kRows, int kCols>
 FA_DEVICE void add_transposed_bias(Scores& r_scores, float scale,
-                                   const device::SmemTile<Element, kRows, kCols>& s_bias, int col) {
+                                   const device::SmemTile<Element, kRows, kCols>& s_bias, int row,
+                                   int col) {
   using Tile = device::SmemTile<Element, kRows, kCols>;
-  const auto s_lane = device::LanePointer<Tile>::right_first(s_bias, 0, col);
+  const auto s_lane = device::LanePointer<Tile>::right_first(s_bias, row, col);
   add_bias_blocks<Element>(r_scores, scale, [&](uint32_t (&r_bias)[4], int block) {
     s_lane.load_transposed(r_bias, block * device::kBlockCols, 0);
   });
