@@ -29,11 +29,10 @@ struct DbiasTiles {
 
   // For blocks that run together. Where nothing shares a tile, those of a strip have all keys in
   // common; where much does, each tile is work enough.
-  static constexpr DbiasTiles of(const BwdParams& params, int tile_m, int tile_n, int blocks) {
+  static constexpr DbiasTiles of(const Shape& shape, const ScoreTensor& dbias, int tile_m,
+                                 int tile_n, int blocks) {
     constexpr int64_t kStripsOfBlock = 4;
     constexpr int kLongest = 8;
-    const Shape& shape = params.shape;
-    const ScoreTensor& dbias = params.dbias;
     DbiasTiles tiles = {entries_of(ceil_div(shape.seqlen_q, tile_m), dbias.query_stride),
                         entries_of(ceil_div(shape.seqlen_k, tile_n), dbias.key_stride), 1};
     const int heads = entries_of(shape.num_heads, dbias.head_stride);
@@ -48,12 +47,10 @@ struct DbiasTiles {
   }
 
   // Strips of each head of the bias.
-  constexpr TileScheduler schedule(const BwdParams& params) const {
-    const Shape& shape = params.shape;
+  constexpr TileScheduler schedule(const Shape& shape, const ScoreTensor& dbias) const {
     const bool is_empty = shape.seqlen_q == 0 || shape.seqlen_k == 0 || shape.batch == 0;
-    return {is_empty ? 0 : strips() * key_tiles,
-            entries_of(shape.num_heads, params.dbias.head_stride),
-            entries_of(shape.batch, params.dbias.batch_stride)};
+    return {is_empty ? 0 : strips() * key_tiles, entries_of(shape.num_heads, dbias.head_stride),
+            entries_of(shape.batch, dbias.batch_stride)};
   }
 
   FA_HOST_DEVICE constexpr int strips() const { return ceil_div(query_tiles, strip); }

@@ -42,10 +42,6 @@ struct KernelConfig {
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
   // Backward, whether dk and dv are too wide for one warpgroup.
   constexpr bool is_wide() const { return head_dim > 128; }
-  // Whether a row that runs general scores leaves the gradient of a bias to others.
-  constexpr bool lacks_bias_gradient() const {
-    return family == Family::kSm90 && pass == Pass::kBackward;
-  }
   constexpr int q_stages() const { return sm90_smem_bytes(2, 2) <= kSm90Room ? 2 : 1; }
   constexpr int kv_stages() const { return sm90_smem_bytes(2, 4) <= kSm90Room ? 4 : 2; }
 

@@ -13,8 +13,8 @@
 //   q      and what is told of the tile
 //   dout   and statistics
 //   keys   k and v, where they are not those of the tile before; free when the next ones are there
-//   bias   if TMA brings it, once for each tile of the row in one of the gradient; free when the last one
-//          who shares it has added it or, if that is not known then, when the next tile begins
+//   bias   if TMA brings it, once for each of the row's tiles in a tile of the gradient; free when
+//          the last one who shares it has added it or, if that was not known, when the next begins
 #pragma once
 
 #include "device/mask.cuh"
@@ -95,7 +95,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       const bool is_first = row == 0;
       const bool is_last = row + kPartQueries == kTileM;
       const int first_query = query_tile * kTileM + row;
-      // Else where the keys' rows lie would be kept in registers, one for each step of the products.
+      // Else where rows lie would be kept in registers, one for each step of the products.
       const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
       Scores r_p;
@@ -153,6 +153,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       r_p.transform([&](float score, int, int block, int i) {
         return ptx::exp2_approx(fmaf(score, kLog2E, -lse_log2.of(block, i)));
       });
+      ptx::wgmma_pin(r_p.r[0]);  // under the second product
 
       ColumnValues<Scores> delta;
       delta.load(s_statistics.delta + row);

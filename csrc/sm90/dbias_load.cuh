@@ -161,9 +161,7 @@ class DbiasLoader {
     auto& s_statistics = s_.statistics[at_.stage()];
     fill_stage(
         s_.q_ring, at_, sizeof(s_q), keep < kTileM, landing_,
-        [&](uint64_t& s_barrier) {
-          copy_rows(s_q, 0, s_barrier, maps_.q, row, told.head, batch);
-        },
+        [&](uint64_t& s_barrier) { copy_rows(s_q, 0, s_barrier, maps_.q, row, told.head, batch); },
         [&](int lane) { clear_rows<ptx::kWarpSize>(s_q, keep, lane); });
     fill_stage(
         s_.dout_ring, at_, sizeof(s_dout) + sizeof(s_statistics), keep < kTileM, landing_,

@@ -197,7 +197,7 @@ FA_DEVICE void store_dbias(const BwdParams& params, const Sums& r_sums, DbiasPla
       for (int block = 0; block < Scores::kColBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float(&r_block)[4] = r_sums.parts[part].r[0][block];
+          const float (&r_block)[4] = r_sums.parts[part].r[0][block];
           const float sum = sum_of_rows(r_block[i] + r_block[2 + i]);
           if (ptx::lane_index() < 4) {
             s_own[part * Scores::kCols + Scores::col(block, i)] = sum;

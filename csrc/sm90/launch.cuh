@@ -182,9 +182,10 @@ BwdTensorMaps make_narrow_maps(const BwdParams& params) {
 // Waits for the kernel before it as the main one does, which then waits for this one.
 template <typename Traits>
 void launch_bias_gradient(const BwdParams& params, const GeneralBwdTensorMaps& maps, void* stream) {
-  const DbiasTiles tiles =
-      DbiasTiles::of(params, Traits::kQueries, Traits::kTileN, support::multiprocessors());
-  const Schedule schedule = make_schedule(params, "attn_bias", tiles.schedule(params),
+  const Shape& shape = params.shape;
+  const DbiasTiles tiles = DbiasTiles::of(shape, params.dbias, Traits::kQueries, Traits::kTileN,
+                                          support::multiprocessors());
+  const Schedule schedule = make_schedule(params, "attn_bias", tiles.schedule(shape, params.dbias),
                                           tiles.strip * Traits::kQueries, false, stream);
   support::launch_persistent<flash_dbias_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_dbias_sm90", schedule.tiles.count(), Traits::kThreads,
