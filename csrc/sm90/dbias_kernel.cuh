@@ -153,7 +153,9 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       r_p.transform([&](float score, int, int block, int i) {
         return ptx::exp2_approx(fmaf(score, kLog2E, -lse_log2.of(block, i)));
       });
-      ptx::wgmma_pin(r_p.r[0]);  // under the second product
+      if (is_told(ToldScores::kMixed)) {
+        seen.keep(r_p);
+      }
 
       ColumnValues<Scores> delta;
       delta.load(s_statistics.delta + row);
@@ -162,7 +164,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       r_ds.transform([&](float dp, int, int block, int i) {
         return r_p.r[0][block][i] * (dp - delta.of(block, i));
       });
-      if (is_told(ToldScores::kMixed)) {  // of a hidden pair p may be anything, and dp infinite
+      if (is_told(ToldScores::kMixed)) {  // dp of a hidden pair may be infinite
         seen.keep(r_ds);
       }
       if (is_last) {
