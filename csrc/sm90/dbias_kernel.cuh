@@ -37,6 +37,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
   constexpr int kPartQueries = Traits::kPartQueries;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kMathBarrier = 1;
+  constexpr int kBiasAtOnce = 8;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   const int warpgroup_row = warpgroup * device::kWarpgroupRows;
@@ -127,7 +128,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
                                window.seqlen_q(),
                                first_key + warp_row,
                                window.seqlen_k()};
-        bias.load_of_lane<Scores>(s_bias_of_lane);
+        bias.load_of_lane<Scores, kBiasAtOnce>(s_bias_of_lane);
       } else if (is_first && is_told(ToldScores::kBringsBias)) {
         held |= 1u << next_bias.stage();
         next_bias.wait(s.bias_ring);

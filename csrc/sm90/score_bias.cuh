@@ -61,15 +61,15 @@ struct BiasPart {
   int end_key;
 
   // Of transposed scores: each lane's own elements as floats, in the order of its registers, each a
-  // warp's width from the next.
-  template <typename Scores>
+  // warp's width from the next. kAtOnce: how many are on their way together.
+  template <typename Scores, int kAtOnce = 2>
   FA_DEVICE void load_of_lane(float* s_lane) const {
     if (rules.bias_dtype == Dtype::kFloat32) {
-      load_elements_of_lane<Scores, float>(s_lane);
+      load_elements_of_lane<Scores, kAtOnce, float>(s_lane);
     } else if (rules.bias_dtype == Dtype::kBFloat16) {
-      load_elements_of_lane<Scores, __nv_bfloat16>(s_lane);
+      load_elements_of_lane<Scores, kAtOnce, __nv_bfloat16>(s_lane);
     } else {
-      load_elements_of_lane<Scores, __half>(s_lane);
+      load_elements_of_lane<Scores, kAtOnce, __half>(s_lane);
     }
   }
 
@@ -93,11 +93,11 @@ struct BiasPart {
   }
 
  private:
-  template <typename Scores, typename Element>
+  template <typename Scores, int kAtOnce, typename Element>
   FA_DEVICE void load_elements_of_lane(float* s_lane) const {
     const ScoreTensor& bias = rules.bias;
     const Element* g_head = bias.of_head<const Element>(batch, head);
-#pragma unroll 2
+#pragma unroll kAtOnce
     for (int i = 0; i < 4 * Scores::kColBlocks; ++i) {
       const int key = min(first_key + Scores::row(i / 2 % 2), end_key - 1);
       const int query = min(first_query + Scores::col(i / 4, i), end_query - 1);
