@@ -12,8 +12,9 @@ results     by dtype, rows of the kernel table (head_dim up to the number) and r
 constants   the largest ratio among the elements where the term of one constant of the bound is at
             least half of it. See CALIBRATED in compare.py for where it should lie on the
             device that is the least exact; a device may read loose alone
-rmse        relative root mean square errors beside those of PyTorch's flash kernel and of standard
-            attention in the same dtype, on those problems that all of them can run
+rmse        relative root mean square errors beside those of PyTorch's flash kernel, of cuDNN's
+            through PyTorch and of standard attention in the same dtype, on problems without rules,
+            each on those that it can run
 
 It stops after --problems or --seconds, whichever comes first, and fails where a ratio reaches 1.
 """
@@ -33,6 +34,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ TERMS: dict[str, tuple[str, ...]] = {
     "result": ("result",),
 }
 ESTIMATES = ("dot", "bias", "softmax", "sum")
+PEERS = ("sdpa_flash", "sdpa_cudnn", "eager")
 PREVAILS = 0.5
 BINS = 1000
 LONG_EVERY = 40
@@ -337,8 +340,8 @@ class Tally:
 
 
 def _peers(case: Case, inputs: Inputs) -> dict[str, dict[str, Tensor]]:
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
             return scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=case.causal
             ).transpose(1, 2)
@@ -346,16 +349,21 @@ def _peers(case: Case, inputs: Inputs) -> dict[str, dict[str, Tensor]]:
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return standard_attention(q, k, v, causal=case.causal)
 
+    attentions = {
+        "sdpa_flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "sdpa_cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "eager": eager,
+    }
     peers = {}
-    for who, attention in (("sdpa_flash", sdpa), ("eager", eager)):
+    for who in PEERS:
         q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
         try:
-            out = attention(q, k, v)
-        except RuntimeError:  # PyTorch has no flash kernel for it
+            out = attentions[who](q, k, v)
+            dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs.dout)
+        except RuntimeError:  # PyTorch has no such kernel for it
             if who == "eager":
                 raise
             continue
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs.dout)
         peers[who] = {"out": out, "dq": dq, "dk": dk, "dv": dv}
     return peers
 
@@ -402,7 +410,7 @@ def report(tally: Tally, options: argparse.Namespace, seconds: float) -> dict[st
 
 def _rmse_summary(errors: list[dict[str, float]]) -> dict[str, Any]:
     summary: dict[str, Any] = {"problems": len(errors)}
-    for who in ("flash_attn_cuda", "sdpa_flash", "eager"):
+    for who in ("flash_attn_cuda", *PEERS):
         theirs = sorted(error[who] for error in errors if who in error)
         if theirs:
             summary[who] = _quantiles(theirs)
@@ -446,17 +454,16 @@ def table(written: dict[str, Any]) -> Iterator[str]:
     for term, largest in written["estimates"].items():
         verdict = "loose" if largest < low else "tight" if largest > high else "calibrated"
         yield f"{'all':<12}{term:>12} {largest:6.3f}  {verdict}"
-    names = ("flash_attn_cuda", "sdpa_flash", "eager")
+    names = ("flash_attn_cuda", *PEERS)
     yield f"\n{'relative RMSE, p50':<30}" + "".join(f"{name:>17}" for name in names)
     for r in (r for r in written["rmse"] if r["row"] == "all"):
         cells = (f"{r[name]['p50']:17.3g}" if name in r else f"{'-':>17}" for name in names)
-        over = r.get("over_sdpa_flash")
         told = (
-            "  over sdpa_flash: p50 {p50:.3f} p99 {p99:.3f} max {max:.3f}".format(**over)
-            if over
-            else ""
+            f"  over {who}: p50 {{p50:.3f}} p99 {{p99:.3f}} max {{max:.3f}}".format(**over)
+            for who in PEERS
+            if who != "eager" and (over := r.get(f"over_{who}"))
         )
-        yield f"{r['dtype']:<12}{r['result']:>12}      " + "".join(cells) + told
+        yield f"{r['dtype']:<12}{r['result']:>12}      " + "".join((*cells, *told))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -84,6 +84,22 @@ std::optional<Tensor> add_tile_map(Params& params, const Argument& q, const Kern
   return memory;
 }
 
+// The bits of a mask that has a byte for each pair, if the row reads them: at most an eighth of
+// what the caller's mask takes, but for whole tiles. Memory that the returned tensor owns.
+template <typename Params>
+std::optional<Tensor> add_pair_bits(Params& params, const Argument& q, const KernelConfig& config) {
+  if (!config.reads_pair_bits()) {
+    return std::nullopt;
+  }
+  params.pair_bits = pair_bits_of(params, config.tile_m, config.tile_n);
+  if (params.pair_bits.count == 0) {
+    return std::nullopt;
+  }
+  Tensor memory = scratch(params.pair_bits.count * static_cast<int64_t>(sizeof(uint32_t)), q);
+  params.pair_bits.words = static_cast<uint32_t*>(memory.mutable_data_ptr());
+  return memory;
+}
+
 // Gives the backward pass its workspace: memory that the returned tensor owns.
 Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& config,
                      bool deterministic) {
@@ -147,6 +163,7 @@ std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, con
                      .keys = call.sequences.keys,
                      .rules = call.rules};
     const std::optional<Tensor> tile_map = add_tile_map(params, q, table::kRows[row]);
+    const std::optional<Tensor> pair_bits = add_pair_bits(params, q, table::kRows[row]);
     launch(params, q, row);
   }
   return {without_padding(out, head_dim_v), softmax_lse};
@@ -201,6 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
     }
     const Tensor workspace = add_workspace(params, q, table::kRows[row], deterministic);
     const std::optional<Tensor> tile_map = add_tile_map(params, q, table::kRows[row]);
+    const std::optional<Tensor> pair_bits = add_pair_bits(params, q, table::kRows[row]);
     launch(params, q, row);
   }
   return {without_padding(dq, head_dim), without_padding(dk, head_dim),

@@ -72,8 +72,9 @@ struct FwdParams {
   RowStatistics softmax_lse;  // natural log; -inf for a row that sees no key
   Sequences queries = {};
   Sequences keys = {};
-  ScoreRules rules = {};  // of rows whose score mode is general
-  TileMap tile_map = {};  // workspace of the CUDA families, where data hide keys
+  ScoreRules rules = {};    // of rows whose score mode is general
+  TileMap tile_map = {};    // workspace of the CUDA families, where data hide keys
+  PairBits pair_bits = {};  // workspace of rows that read them
 };
 
 struct BwdParams {
@@ -94,11 +95,21 @@ struct BwdParams {
   BwdWorkspace workspace;     // of the CUDA families
   Sequences queries = {};
   Sequences keys = {};
-  ScoreRules rules = {};  // of rows whose score mode is general
-  TileMap tile_map = {};  // workspace of the CUDA families, where data hide keys
+  ScoreRules rules = {};    // of rows whose score mode is general
+  TileMap tile_map = {};    // workspace of the CUDA families, where data hide keys
+  PairBits pair_bits = {};  // workspace of rows that read them
   // Gradient of the bias, summed over what was broadcast there; null: not asked for. Strides of
   // dimensions of size 1 are 0. Of the bias's dtype.
   ScoreTensor dbias = {};
 };
+
+// What a row with such tiles that reads pair bits needs of them, without their memory. Params: of a
+// pass.
+template <typename Params>
+constexpr PairBits pair_bits_of(const Params& params, int tile_m, int tile_n) {
+  const Shape& shape = params.shape;
+  return PairBits::of(params.rules, shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k,
+                      tile_m, tile_n);
+}
 
 }  // namespace fa

@@ -57,11 +57,14 @@ class SpeculativeSoftmax {
   }
 
   // A further tile, by whole warps. True if m was raised: what was summed from earlier tiles must
-  // then be multiplied by `rescale`.
-  template <typename Scores, typename Probabilities>
-  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale) {
+  // then be multiplied by `rescale`. between(): before p is computed once more, which takes
+  // registers.
+  template <typename Scores, typename Probabilities, typename Between>
+  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale,
+                      Between&& between) {
     RowValues sums;
     exponentiate(r_scores, r_p, sums);
+    between();
     const bool raises = __any_sync(~0u, is_above(sums));
     if (raises) {
       raise(r_scores, sums, rescale);
@@ -69,6 +72,10 @@ class SpeculativeSoftmax {
     }
     add(sums);
     return raises;
+  }
+  template <typename Scores, typename Probabilities>
+  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale) {
+    return next(r_scores, r_p, rescale, [] {});
   }
 
   // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.

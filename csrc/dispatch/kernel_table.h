@@ -80,6 +80,11 @@ struct KernelConfig {
            statistics;
   }
 
+  // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
+  constexpr bool reads_pair_bits() const {
+    return family == Family::kSm90 && score == ScoreMode::kGeneral;
+  }
+
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.
   constexpr bool fits(int64_t smem_opt_in) const {
@@ -128,6 +133,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kForward,  kFloat16,  256, kWindow, kPlain,    128,   80, 12, 1},
   {kSm90, kForward,  kBFloat16,  64, kWindow, kGeneral,  128,  128, 12, 1},
   {kSm90, kForward,  kFloat16,   64, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 128, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kFloat16,  128, kWindow, kGeneral,  128,  128, 12, 1},
+  {kSm90, kForward,  kBFloat16, 256, kWindow, kGeneral,  128,   64, 12, 1},
+  {kSm90, kForward,  kFloat16,  256, kWindow, kGeneral,  128,   64, 12, 1},
 
   {kSm90, kBackward, kBFloat16,  64, kWindow, kPlain,    128,  128, 12, 1},
   {kSm90, kBackward, kFloat16,   64, kWindow, kPlain,    128,  128, 12, 1},

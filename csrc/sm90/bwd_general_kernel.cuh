@@ -137,17 +137,24 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       const int first_query = tile.tile() * kTileM;
       SeenQueries<Scores> seen;
       if (tile.is_mixed()) {
+        const PairBits& bits = params.pair_bits;
+        const uint32_t* words = nullptr;  // of the warp's first key
+        if (bits.words != nullptr) {
+          words = has_bias ? bits.tile(s_work.tile.batch, tile.head, tile.tile(), s_work.key_tile())
+                           : s.bits(at.stage());
+          words += warp_row * SeenQueries<Scores>::kWords;
+        }
         seen.find(rules, s_work.prefix_window(),
-                  {s_work.tile.batch, tile.head, first_query, first_key + warp_row});
+                  {s_work.tile.batch, tile.head, first_query, first_key + warp_row}, words);
       }
       if (has_bias && !maps.loads_bias) {
-        const BiasPart bias = {rules,
-                               s_work.tile.batch,
-                               tile.head,
-                               first_query,
-                               s_work.queries.length,
-                               first_key + warp_row,
-                               s_work.keys.length};
+        const BiasPart<true> bias = {rules,
+                                     s_work.tile.batch,
+                                     tile.head,
+                                     first_query,
+                                     s_work.queries.length,
+                                     first_key + warp_row,
+                                     s_work.keys.length};
         bias.load_of_lane<Scores>(s.bias_of_lane(warp_row));
       }
       Scores r_ds;  // dp, then ds
@@ -160,7 +167,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       if (maps.loads_bias) {
         add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], 0, warp_row);
       } else if (has_bias) {
-        add_bias_of_lane(r_p, softmax_scale, s.bias_of_lane(warp_row));
+        add_bias_of_lane<Scores::kColBlocks>(r_p, softmax_scale, s.bias_of_lane(warp_row));
       }
       ColumnValues<Scores> lse_log2;
       if (Traits::kLoadsStatisticsAhead) {

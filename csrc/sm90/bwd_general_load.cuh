@@ -29,12 +29,14 @@ FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
   }
 }
 
-// Loads the tiles of queries that see some of the keys, with dout, statistics and bias, and tells
-// of each with its queries, by one warp. Before it tells whether an item has any.
+// Loads the tiles of queries that see some of the keys, with dout, statistics and bias, or the bits
+// of mixed ones where there is no bias, and tells of each with its queries, by one warp. Before it
+// tells whether an item has any.
 template <typename Traits>
 FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTensorMaps& maps,
                                     typename Traits::SharedMemory& s) {
   constexpr int kTileM = Traits::kTileM;
+  constexpr int kBytesOfBits = kTileM * Traits::kTileN / 8;
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> at;
   device::RingPosition<1> may_take_at;
@@ -79,8 +81,12 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
       if (ptx::lane_index() == 0) {
         s.told[at.stage()] = ToldTile::of(index, tile, is_mixed, tiles.done());
       }
+      const bool loads_bits =
+          is_mixed && params.pair_bits.words != nullptr && params.rules.bias.data == nullptr;
+      const int bytes_of_bits = loads_bits ? kBytesOfBits : 0;
+      const int bytes_of_bias = maps.loads_bias ? sizeof(s_bias) : 0;
       fill_stage(
-          s.q_ring, at, sizeof(s_q) + sizeof(s_statistics) + (maps.loads_bias ? sizeof(s_bias) : 0),
+          s.q_ring, at, sizeof(s_q) + sizeof(s_statistics) + bytes_of_bits + bytes_of_bias,
           keep < kTileM, landing,
           [&](uint64_t& s_barrier) {
             copy_rows(s_q, 0, s_barrier, maps.q, row, tile.head, batch);
@@ -89,6 +95,12 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
             if (maps.loads_bias) {
               copy_bias(s_bias, s_barrier, maps.bias, params.rules.bias, s_work.tile.batch,
                         tile.head, first_query, s_work.first_key);
+            }
+            if (loads_bits) {
+              ptx::bulk_load(
+                  s.bits(at.stage()),
+                  params.pair_bits.tile(s_work.tile.batch, tile.head, tile.tile, s_work.key_tile()),
+                  kBytesOfBits, s_barrier);
             }
           },
           [&](int lane) { clear_rows<ptx::kWarpSize>(s_q, keep, lane); });

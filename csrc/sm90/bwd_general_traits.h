@@ -37,6 +37,10 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     ToldTile told[kBwdStages];
     Work work[kWorkStages];
 
+    // In place of a stage of a bias, where there is none: a tile's bits of a mask (PairBits).
+    FA_DEVICE uint32_t* bits(int stage) {
+      return reinterpret_cast<uint32_t*>(bias[stage].elements);
+    }
     // In place of both stages of a bias that TMA does not bring: this lane's floats, each a warp's
     // width from the next, for scores of 16 keys.
     FA_DEVICE float* bias_of_lane(int key) {

@@ -115,19 +115,25 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
         r_sums.clear();
         place = {batch, head, query_tile / Traits::kTiles * Traits::kQueries, first_key};
       }
-      SeenQueries<Scores> seen;
+      SeenQueries<Scores, kTileM> seen;
       if (is_told(ToldScores::kMixed)) {
-        seen.find(rules, s_told.prefix_window(), {batch, head, first_query, first_key + warp_row});
+        const PairBits& pairs = params.pair_bits;
+        const uint32_t* words =  // of the warp's first key
+            pairs.words == nullptr ? nullptr
+                                   : pairs.tile(batch, head, query_tile, first_key / kTileN) +
+                                         warp_row * decltype(seen)::kWords;
+        seen.find(rules, s_told.prefix_window(), {batch, head, first_query, first_key + warp_row},
+                  words, row);
       }
       if (!maps.loads_bias) {
         const WindowMask& window = s_told.window;
-        const BiasPart bias = {rules,
-                               batch,
-                               head,
-                               first_query,
-                               window.seqlen_q(),
-                               first_key + warp_row,
-                               window.seqlen_k()};
+        const BiasPart<true> bias = {rules,
+                                     batch,
+                                     head,
+                                     first_query,
+                                     window.seqlen_q(),
+                                     first_key + warp_row,
+                                     window.seqlen_k()};
         bias.load_of_lane<Scores, kBiasAtOnce>(s_bias_of_lane);
       } else if (is_first && is_told(ToldScores::kBringsBias)) {
         held |= 1u << next_bias.stage();
@@ -147,7 +153,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
           release_bias(1u << stage);
         }
       } else {
-        add_bias_of_lane(r_p, softmax_scale, s_bias_of_lane);
+        add_bias_of_lane<Scores::kColBlocks>(r_p, softmax_scale, s_bias_of_lane);
       }
       ColumnValues<Scores> lse_log2;
       lse_log2.load(s_statistics.lse_log2 + row);

@@ -5,12 +5,11 @@
 //   may see a key (visible_tiles.cuh), and tells of each with its keys. Both warpgroups that
 //   compute meet all of them.
 //   Whatever hides pairs of a mixed tile, a warp for each warpgroup finds it out and leaves a bit
-//   for each pair in shared memory (seen_pairs.cuh), one tile ahead of those who compute.
+//   for each pair in shared memory (seen_pairs.cuh). It has what it found of the next mixed tile in
+//   registers when those who compute are done with one.
 //   A bias of the inputs' dtype with consecutive keys comes by TMA, and has a stage of its own for
 //   each warpgroup, which is free again as soon as it has been added. Any other bias is read from
 //   global memory by those who compute.
-//   What the rules need of registers leaves none for a second p: a warpgroup waits for both of its
-//   products, and its softmax runs under those of the other.
 //   out leaves through the queries' place.
 #pragma once
 
@@ -73,12 +72,21 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     }
     is_leaving = false;
   };
+  using Seen = SeenPairs<kTileN>;
+  const auto read_key_tile = [&] { return KeyTile{ptx::uniform(s.key_tiles[k_at.stage()].bits)}; };
   const auto release_key_tile = [&] {
-    const KeyTile tile = {ptx::uniform(s.key_tiles[k_at.stage()].bits)};
     __syncwarp();
     k_at.release(s.k_ring);
     k_at.advance();
-    return tile;
+  };
+  // While products are on their way, where there are registers.
+  constexpr bool kLoadsAhead = Traits::kHeadDim <= 128;
+  const auto load_seen = [&](typename Seen::OfThread& r_seen, const KeyTile& key_tile,
+                             bool is_ahead) {
+    if (is_ahead == kLoadsAhead && key_tile.is_mixed()) {
+      seen_at.wait(s.seen_ring[warpgroup]);
+      s.seen[warpgroup].load(r_seen, row_of_warp);
+    }
   };
 
   const auto release_work = [&] {
@@ -102,10 +110,12 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                                           s_work.tile.head, params.shape.head_dim_v);
     };
     // Turns the products of a tile into scores.
-    const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile) {
+    const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile,
+                                 typename Seen::OfThread& r_seen) {
       if (maps.loads_bias) {
         bias_at.wait(s.bias_ring[warpgroup]);
         add_bias(r_scores, softmax_scale, s.bias[warpgroup], row_of_warp);
+        ptx::fence_async_proxy();  // TMA, which writes there next, overtakes loads under way
         __syncwarp();
         bias_at.release(s.bias_ring[warpgroup]);
         bias_at.advance();
@@ -117,9 +127,14 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       } else if (scales_scores) {
         r_scores.scale(softmax_scale);
       }
+      load_seen(r_seen, key_tile, false);
       if (key_tile.is_mixed()) {
-        seen_at.wait(s.seen_ring[warpgroup]);
-        s.seen[warpgroup].keep_seen(r_scores, row_of_warp);
+        Seen::keep_seen(r_scores, r_seen);
+      }
+    };
+    // When the softmax has used it, so that what comes next overtakes no load.
+    const auto release_seen = [&](const KeyTile& key_tile) {
+      if (key_tile.is_mixed()) {
         __syncwarp();
         seen_at.release(s.seen_ring[warpgroup]);
         seen_at.advance();
@@ -135,7 +150,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       q_at.wait(s_q_ring);
     }
     k_at.wait(s.k_ring);
-    if (!KeyTile{ptx::uniform(s.key_tiles[k_at.stage()].bits)}.exists()) {
+    KeyTile key_tile = read_key_tile();
+    if (!key_tile.exists()) {
       release_key_tile();
       if (has_queries) {
         ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have waited for q
@@ -153,23 +169,26 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     // The scores of the first tile.
     const auto& s_q = s.q[q_at.stage()];
     typename Traits::Probabilities r_p;
-    KeyTile key_tile;
     {
       Scores r_scores;
+      typename Seen::OfThread r_seen;
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
+      load_seen(r_seen, key_tile, true);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_scores.r[0]);
-      key_tile = release_key_tile();
-      apply_rules(r_scores, key_tile);
+      release_key_tile();
+      apply_rules(r_scores, key_tile, r_seen);
       softmax.begin(r_scores, r_p);
+      release_seen(key_tile);
     }
     Out r_out;  // not yet normalized
     r_out.clear();
     // Adds the product of one tile's p and turns the scores of the next into its p.
     while (!key_tile.is_last()) {
       Scores r_scores;
+      typename Seen::OfThread r_seen;
       typename Out::RowValues rescale;
       const int q_row = ptx::uniform(static_cast<int>(ptx::opaque(warpgroup_row)));
       k_at.wait_both(s.k_ring, v_at, s.v_ring);
@@ -180,16 +199,24 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
       ptx::wgmma_commit();
       turns.end();
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_out.r[0]);
+      key_tile = read_key_tile();
+      load_seen(r_seen, key_tile, true);
+      ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_scores.r[0]);
-      key_tile = release_key_tile();
-      v_at.release(s.v_ring);
-      v_at.advance();
-      apply_rules(r_scores, key_tile);
-      if (softmax.next(r_scores, r_p, rescale)) {
+      release_key_tile();
+      apply_rules(r_scores, key_tile, r_seen);
+      typename Traits::Probabilities r_next;
+      const bool raised = softmax.next(r_scores, r_next, rescale, [&] {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_out.r[0]);
+        v_at.release(s.v_ring);
+        v_at.advance();
+      });
+      r_p.copy(r_next);
+      if (raised) {
         r_out.scale_rows(rescale);
       }
+      release_seen(key_tile);
     }
     v_at.wait(s.v_ring);
     const int rows_of_last = s_work.keys.length - key_tile.tile() * kTileN;
@@ -238,7 +265,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.may_take.init(1);
     s.k_ring.init(Traits::kMathWarps);
     s.v_ring.init(Traits::kMathWarps);
-    s.announced_ring.init(Traits::kMathWarpgroups);
     for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
       s.q_ring[warpgroup].init(1);
       s.bias_ring[warpgroup].init(Traits::kWarpgroupWarps);

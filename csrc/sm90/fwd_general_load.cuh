@@ -42,7 +42,6 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
   device::RingPosition<Traits::kKvStages> k_at;
   device::RingPosition<Traits::kKvStages> v_at;
   device::RingPosition<1> bias_at;
-  device::RingPosition<kAnnounced> announced_at;
   device::RingPosition<1> may_take_at;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
@@ -50,15 +49,14 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
     if (s_work.is_end()) {
       break;
     }
-    VisibleTiles tiles = s_work.visible_tiles<kTileN>(params);
+    auto tiles = s_work.visible_tiles<kTileN>(params, Tiles::kVisible);
+    tiles.advance();
     const int head = ptx::uniform(s_work.tile.head);
     const int head_kv = head / params.shape.group_size();
     const int batch = ptx::uniform(s_work.tile.batch);
     const int batch_of_keys = ptx::uniform(s_work.batch_of_keys(params));
     const int first_key = ptx::uniform(s_work.keys.begin);
     const int first_query = ptx::uniform(s_work.first_query);
-    __syncwarp();
-    work_at.release(s.work_ring);
     bool may_take = false;
     const auto let_take = [&](bool is_time) {
       if (is_time && !may_take) {
@@ -68,18 +66,8 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
         }
       }
     };
-    const auto announce = [&](const KeyTile& key_tile) {
-      announced_at.wait_empty(s.announced_ring);
-      if (ptx::lane_index() == 0) {
-        s.announced[announced_at.stage()] = key_tile;
-        announced_at.fill(s.announced_ring);
-      }
-      __syncwarp();
-      announced_at.advance();
-    };
     if (tiles.done()) {
       let_take(true);
-      announce(KeyTile::none());
       k_at.wait_empty(s.k_ring);
       if (ptx::lane_index() == 0) {
         s.key_tiles[k_at.stage()] = KeyTile::none();
@@ -99,7 +87,6 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
       tiles.advance();
       let_take(tiles.has_at_most(kTilesToTakeAhead - 1));
       const KeyTile key_tile = KeyTile::of(tile, is_mixed, tiles.done());
-      announce(key_tile);
       k_at.wait_empty(s.k_ring);
       if (ptx::lane_index() == 0) {
         s.key_tiles[k_at.stage()] = key_tile;
@@ -137,16 +124,24 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
       }
       previous = tile;
     }
+    __syncwarp();
+    work_at.release(s.work_ring);
   }
 }
 
-// Finds out which pairs of the mixed tiles are seen, of the rows of one warpgroup.
+// Finds out which pairs of the mixed tiles are seen, of the rows of one warpgroup. It walks the
+// tiles by itself, so that nothing but the place for what it finds holds it up. The bits of a mask
+// and the documents of keys are on their way while those of the tile before it are used.
 template <typename Traits>
 FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedMemory& s,
                                int warpgroup) {
+  constexpr int kTileN = Traits::kTileN;
+  const int row = warpgroup * device::kWarpgroupRows;
   const ScoreRules& rules = params.rules;
+  const bool has_bits = params.pair_bits.words != nullptr;
+  const bool has_documents = rules.document_ids != nullptr;
+  const bool has_masks = needs_pairs(rules);
   device::RingPosition<kWorkStages> work_at;
-  device::RingPosition<kAnnounced> announced_at;
   device::RingPosition<1> at;
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
@@ -154,37 +149,67 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
     if (s_work.is_end()) {
       break;
     }
-    for (bool is_last = false; !is_last; announced_at.advance()) {
-      announced_at.wait(s.announced_ring);
-      const KeyTile tile = {ptx::uniform(s.announced[announced_at.stage()].bits)};
-      __syncwarp();
-      announced_at.release(s.announced_ring);
-      is_last = tile.is_last();
-      if (!tile.is_mixed()) {
-        continue;
-      }
-      const int batch = s_work.tile.batch;
+    auto tiles = s_work.visible_tiles<kTileN>(params, Tiles::kMixed);
+    SeenPairsOfWarpgroup<kTileN> of_mask;
+    DocumentsOfWarpgroup<kTileN> documents;
+    const auto g_ids = [&] {
+      return rules.document_ids + s_work.tile.batch * rules.document_stride;
+    };
+    if (has_documents) {
+      documents.load_queries(g_ids(), s_work.first_query + row, s_work.queries.length);
+    }
 #pragma unroll 1
-      for (int row = warpgroup * device::kWarpgroupRows, half = 0; half < 2;
-           ++half, row += ptx::kWarpSize) {
-        SeenPairsOfWarp<Traits::kTileN> seen({rules, s_work.window, batch},
-                                             s_work.first_query + row, s_work.queries.length,
-                                             tile.tile() * Traits::kTileN);
-        if (rules.document_ids != nullptr) {
-          seen.keep_documents(rules.document_ids + batch * rules.document_stride);
+    for (int tile = -1;;) {
+      SeenPairsOfWarpgroup<kTileN> seen;
+      if (tile >= 0) {
+        const int first_query = s_work.first_query + row;
+        const int first_key = tile * kTileN;
+        if (has_masks ||
+            !s_work.prefix_window(params).all({first_query, first_query + device::kWarpgroupRows},
+                                              {first_key, first_key + kTileN})) {
+          seen.find([&](int half) {
+            // Read and computed again rather than kept, for want of registers.
+            const GeneralFwdWork& s_again = s.work[ptx::opaque(work_at.stage())];
+            SeenPairsOfWarp<kTileN> found(
+                s_again.prefix_window(params), s_again.first_query + row + half * ptx::kWarpSize,
+                s_again.queries.length, static_cast<int>(ptx::opaque(first_key)));
+            found.keep_masks(rules, s_again.tile.batch, s_again.tile.head);
+            return found;
+          });
+        } else {
+          seen.see_all();
         }
-#pragma unroll 1
-        for (int i = 0; i < ScoreRules::kMasks && rules.masks[i].data != nullptr; ++i) {
-          seen.keep_mask(rules.masks[i], batch, s_work.tile.head);
+        if (has_bits) {
+          seen.keep(of_mask);
         }
-        at.wait_empty(s.seen_ring[warpgroup]);  // the first half is ready before
-        seen.store(s.seen[warpgroup], half * ptx::kWarpSize + ptx::lane_index());
+        if (has_documents) {
+          seen.keep(documents);
+        }
       }
-      __syncwarp();
-      if (ptx::lane_index() == 0) {
-        at.fill(s.seen_ring[warpgroup]);
+      tiles.advance();
+      if (!tiles.done()) {
+        if (has_bits) {
+          of_mask.load(params.pair_bits.tile(s_work.tile.batch, s_work.tile.head, s_work.tile.tile,
+                                             tiles.tile()) +
+                       row * SeenPairs<kTileN>::kWords);
+        }
+        if (has_documents) {
+          documents.load_keys(g_ids(), tiles.tile() * kTileN, s_work.keys.length);
+        }
       }
-      at.advance();
+      if (tile >= 0) {
+        at.wait_empty(s.seen_ring[warpgroup]);
+        seen.store(s.seen[warpgroup]);
+        __syncwarp();
+        if (ptx::lane_index() == 0) {
+          at.fill(s.seen_ring[warpgroup]);
+        }
+        at.advance();
+      }
+      if (tiles.done()) {
+        break;
+      }
+      tile = tiles.tile();
     }
     __syncwarp();
     work_at.release(s.work_ring);

@@ -10,9 +10,6 @@
 
 namespace fa::sm90 {
 
-// How many tiles of keys are known before they are loaded.
-inline constexpr int kAnnounced = 2;
-
 // What the warp that loads keys tells of a tile. Where an item has none, that is its last.
 struct KeyTile {
   int bits;
@@ -73,14 +70,12 @@ struct GeneralFwdTraits {
     device::Ring<kKvStages> v_ring;
     device::Ring<1> bias_ring[kMathWarpgroups];
     device::Ring<1> seen_ring[kMathWarpgroups];  // of mixed tiles alone
-    device::Ring<kAnnounced> announced_ring;
-    KeyTile announced[kAnnounced];
-    KeyTile key_tiles[kKvStages];  // of the stages of keys
+    KeyTile key_tiles[kKvStages];                // of the stages of keys
     GeneralFwdWork work[kWorkStages];
 
-    // In place of 16 rows of a bias, half as many floats.
+    // In place of 16 rows of a bias, half as many floats: the first of this lane.
     static FA_DEVICE float* floats_in(Bias& s_bias, int row) {
-      return reinterpret_cast<float*>(s_bias.elements) + row * (kTileN / 2);
+      return reinterpret_cast<float*>(s_bias.elements) + row * (kTileN / 2) + ptx::lane_index();
     }
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);

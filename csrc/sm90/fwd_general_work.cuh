@@ -53,13 +53,19 @@ struct GeneralFwdWork {
     }
   }
 
+  // Reads this while the tiles are walked.
   template <int kTileN>
-  FA_DEVICE VisibleTiles visible_tiles(const FwdParams& params) const {
-    return {PrefixWindow(params.rules, window, tile.batch),
-            {first_query, queries.length},
-            key_tiles,
-            kTileN,
-            g_classes};
+  FA_DEVICE auto visible_tiles(const FwdParams& params, Tiles which) const {
+    return VisibleTiles(which, key_tiles, [this, &params](int key_tile) {
+      const int first_key = key_tile * kTileN;
+      return g_classes != nullptr ? g_classes[key_tile]
+                                  : class_of(prefix_window(params), {first_query, queries.length},
+                                             {first_key, first_key + kTileN});
+    });
+  }
+
+  FA_DEVICE PrefixWindow prefix_window(const FwdParams& params) const {
+    return {params.rules, window, tile.batch};
   }
 
   // Where TMA finds the sequences: packed ones are all in one batch entry.

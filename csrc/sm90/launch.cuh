@@ -19,6 +19,7 @@
 #include "sm90/tensor_map.h"
 #include "support/bwd_preprocess.h"
 #include "support/launch.cuh"
+#include "support/pair_bits.h"
 #include "support/resources.h"
 #include "support/tile_map.h"
 #include "support/work_counter.h"
@@ -135,6 +136,8 @@ void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
 template <int kRow>
 void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = GeneralFwdTraits<kRow>;
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
+                          stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
   const Schedule schedule = make_forward_schedule<Traits>(params, stream);
   support::launch_persistent<flash_fwd_general_sm90<Traits>>(
@@ -262,7 +265,9 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
       support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
                         shape.num_heads_kv),
       Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
-  // The main kernel waits for the one before it alone, which begins when the map is there.
+  // The main kernel waits for the one before it alone, which begins when bits and map are there.
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kKeys,
+                          context.stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);

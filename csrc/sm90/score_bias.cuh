@@ -49,8 +49,9 @@ FA_DEVICE void add_transposed_bias(Scores& r_scores, float scale,
   });
 }
 
-// A bias in global memory, of any strides and any dtype, for a warp's 16 queries and some keys, or
-// its 16 keys and some queries.
+// A bias in global memory, of any strides and any dtype, for a warp's 16 queries and some keys, or,
+// transposed, its 16 keys and some queries.
+template <bool kTransposed>
 struct BiasPart {
   const ScoreRules& rules;
   int batch;
@@ -60,8 +61,8 @@ struct BiasPart {
   int first_key;
   int end_key;
 
-  // Of transposed scores: each lane's own elements as floats, in the order of its registers, each a
-  // warp's width from the next. kAtOnce: how many are on their way together.
+  // Each lane's own elements as floats, in the order of its registers, each a warp's width from the
+  // next. kAtOnce: how many are on their way together.
   template <typename Scores, int kAtOnce = 2>
   FA_DEVICE void load_of_lane(float* s_lane) const {
     if (rules.bias_dtype == Dtype::kFloat32) {
@@ -73,25 +74,6 @@ struct BiasPart {
     }
   }
 
-  // Makes floats of it, in rows of kCols of which the 32-byte units are permuted such that eight
-  // rows of one unit column lie in different banks.
-  template <int kCols>
-  FA_DEVICE void load(float* s_floats) const {
-    if (rules.bias_dtype == Dtype::kFloat32) {
-      load_elements<kCols, float>(s_floats);
-    } else if (rules.bias_dtype == Dtype::kBFloat16) {
-      load_elements<kCols, __nv_bfloat16>(s_floats);
-    } else {
-      load_elements<kCols, __half>(s_floats);
-    }
-  }
-
-  template <int kCols>
-  static FA_DEVICE int offset(int row, int col) {
-    constexpr int kUnit = device::kBlockCols;
-    return row * kCols + (col / kUnit ^ row % (kCols / kUnit)) * kUnit + col % kUnit;
-  }
-
  private:
   template <typename Scores, int kAtOnce, typename Element>
   FA_DEVICE void load_elements_of_lane(float* s_lane) const {
@@ -99,57 +81,36 @@ struct BiasPart {
     const Element* g_head = bias.of_head<const Element>(batch, head);
 #pragma unroll kAtOnce
     for (int i = 0; i < 4 * Scores::kColBlocks; ++i) {
-      const int key = min(first_key + Scores::row(i / 2 % 2), end_key - 1);
-      const int query = min(first_query + Scores::col(i / 4, i), end_query - 1);
+      const int row = Scores::row(i / 2 % 2);
+      const int col = Scores::col(i / 4, i);
+      const int query = min(first_query + (kTransposed ? col : row), end_query - 1);
+      const int key = min(first_key + (kTransposed ? row : col), end_key - 1);
       s_lane[i * ptx::kWarpSize] = device::to_float(__ldg(g_head + bias.offset(query, key)));
-    }
-  }
-
-  template <int kCols, typename Element>
-  FA_DEVICE void load_elements(float* s_floats) const {
-    const ScoreTensor& bias = rules.bias;
-    const Element* g_head = bias.of_head<const Element>(batch, head);
-#pragma unroll 4
-    for (int i = ptx::lane_index(); i < device::kBlockRows * kCols; i += ptx::kWarpSize) {
-      const int row = i / kCols;
-      const int query = min(first_query + row, end_query - 1);
-      const int key = min(first_key + i % kCols, end_key - 1);
-      s_floats[offset<kCols>(row, i % kCols)] = device::to_float(g_head[bias.offset(query, key)]);
     }
   }
 };
 
-// Through the shared memory of a warp that has room for half of its bias as floats.
-template <typename Scores>
-FA_DEVICE void add_bias(Scores& r_scores, float scale, float* s_floats, BiasPart part) {
-  constexpr int kCols = Scores::kCols / 2;
+// By a lane whose elements of the blocks from `first_block` on lie as BiasPart::load_of_lane()
+// leaves them.
+template <int kBlocks, typename Scores>
+FA_DEVICE void add_bias_of_lane(Scores& r_scores, float scale, const float* s_lane,
+                                int first_block = 0) {
 #pragma unroll
-  for (int first = 0; first < Scores::kCols; first += kCols) {
-    __syncwarp();  // all have read what is there
-    part.load<kCols>(s_floats);
-    __syncwarp();
-#pragma unroll
-    for (int col = 0; col < kCols; col += device::kBlockCols) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 bias = *reinterpret_cast<const float2*>(
-            s_floats + BiasPart::offset<kCols>(Scores::row(half), col + Scores::col(0, 0)));
-        float* r_pair = &r_scores.r[0][(first + col) / device::kBlockCols][2 * half];
-        r_pair[0] = fmaf(r_pair[0], scale, bias.x);
-        r_pair[1] = fmaf(r_pair[1], scale, bias.y);
-      }
-    }
-    part.first_key += kCols;
+  for (int i = 0; i < 4 * kBlocks; ++i) {
+    float& score = r_scores.r[0][first_block + i / 4][i % 4];
+    score = fmaf(score, scale, s_lane[i * ptx::kWarpSize]);
   }
 }
 
-// Transposed, by a lane whose elements lie as BiasPart::load_of_lane() leaves them.
+// Through shared memory that has room for half of it.
 template <typename Scores>
-FA_DEVICE void add_bias_of_lane(Scores& r_scores, float scale, const float* s_lane) {
+FA_DEVICE void add_bias(Scores& r_scores, float scale, float* s_lane, BiasPart<false> part) {
+  using Half = device::Accumulator<device::kBlockRows, Scores::kCols / 2>;
 #pragma unroll
-  for (int i = 0; i < 4 * Scores::kColBlocks; ++i) {
-    float& score = r_scores.r[0][i / 4][i % 4];
-    score = fmaf(score, scale, s_lane[i * ptx::kWarpSize]);
+  for (int half = 0; half < 2; ++half) {
+    part.load_of_lane<Half>(s_lane);
+    add_bias_of_lane<Half::kColBlocks>(r_scores, scale, s_lane, half * Half::kColBlocks);
+    part.first_key += Half::kCols;
   }
 }
 

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which pairs of a tile are seen, as bits in shared memory: so that the warps that compute need not
-// know why a pair is hidden, and spend two instructions on each.
+// know why a pair is hidden, and spend little more than one instruction on each.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
-#include "common/score_rules.h"
+#include "common/tile_map.h"
 #include "device/fragment.cuh"
 
 namespace fa::sm90 {
 
-// A bit for each pair of 64 queries and kKeys keys. Words have every kWords-th key of a row, so
-// that a lane with consecutive keys contributes one bit to each of them by a vote.
+// A bit for each pair of 64 queries and kKeys keys. Those who find out have words of every
+// kWords-th key of a row, so that a lane with consecutive keys contributes one bit to each of them
+// by a vote (as PairBits). Here the odd bits of a word have changed places with the even ones of
+// the next, so that bits of neighbours lie side by side, and a thread that computes needs one word
+// of a row.
 template <int kKeys>
 struct SeenPairs {
   static constexpr int kRows = 64;
@@ -21,27 +24,64 @@ struct SeenPairs {
 
   alignas(16) uint32_t words[kRows][kWords];
 
-  // Of a warp's 16 rows, of which the first is `row`: scores of hidden pairs become -inf.
-  template <typename Scores>
-  FA_DEVICE void keep_seen(Scores& r_scores, int row) const {
-    constexpr int kBitsOfBlock = device::kBlockCols / kWords;
-    const int col = 2 * (ptx::lane_index() % 4);
+  // What is found of a row.
+  FA_DEVICE void set(int row, const uint32_t (&found)[kWords]) {
+    constexpr uint32_t kEven = 0x55555555;
+    uint32_t swapped[kWords];
+#pragma unroll
+    for (int word = 0; word < kWords; word += 2) {
+      swapped[word] = (found[word] & kEven) | (found[word + 1] & kEven) << 1;
+      swapped[word + 1] = (found[word] >> 1 & kEven) | (found[word + 1] & ~kEven);
+    }
+    using Row = std::conditional_t<kWords == 4, uint4, uint2>;
+    Row& s_row = *reinterpret_cast<Row*>(words[row]);
+    if constexpr (kWords == 4) {
+      s_row = {swapped[0], swapped[1], swapped[2], swapped[3]};
+    } else {
+      s_row = {swapped[0], swapped[1]};
+    }
+  }
+
+  // Of a warp's 16 rows, of which the first is `row`: what a thread needs of its two.
+  using OfThread = uint32_t[2];
+  FA_DEVICE void load(OfThread& r_seen, int row) const {
+    const int pair = ptx::lane_index() % 4;  // of the columns of a block
+    const int word = kWords == 4 ? pair % 2 * 2 + pair / 2 : pair % 2;
+    const int shift = kWords == 4 ? 0 : pair / 2 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint2 pair =
-          *reinterpret_cast<const uint2*>(&words[row + Scores::row(half)][col % kWords]);
-      const uint32_t bits[2] = {pair.x >> (col / kWords), pair.y >> (col / kWords)};
+      const int row_of_lane = device::kBlockRows / 2 * half + ptx::lane_index() / 4;
+      r_seen[half] = words[row + row_of_lane][word] >> shift;
+    }
+  }
+
+  // Scores of hidden pairs become -inf.
+  template <typename Scores>
+  static FA_DEVICE void keep_seen(Scores& r_scores, const OfThread& r_seen) {
+    constexpr int kBitsOfBlock = device::kBlockCols / kWords;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int block = 0; block < Scores::kColBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = r_scores.r[0][block][2 * half + i];
-          score = (bits[i] & 1u << (block * kBitsOfBlock)) != 0 ? score : -INFINITY;
+          score = (r_seen[half] & 1u << (block * kBitsOfBlock + i)) != 0 ? score : -INFINITY;
         }
       }
     }
   }
 };
+
+// Whether a mask is to be looked at for the pairs of a tile: not one of a byte for each pair, which
+// comes as bits, and not one of blocks, for a tile lies in one block, which hides all of its pairs,
+// so that it is not met, or none.
+FA_DEVICE constexpr bool needs_pairs(const KeepMask& mask) {
+  return mask.data != nullptr && mask.block_log2 == 0 && !PairBits::is_of(mask);
+}
+FA_DEVICE constexpr bool needs_pairs(const ScoreRules& rules) {
+  return needs_pairs(rules.masks[0]) || needs_pairs(rules.masks[1]) || needs_pairs(rules.masks[2]);
+}
 
 // Those of 32 queries in the registers of a warp that finds them out: each lane has the words of
 // one.
@@ -49,6 +89,7 @@ template <int kKeys>
 class SeenPairsOfWarp {
  public:
   using Shared = SeenPairs<kKeys>;
+  static constexpr int kWords = Shared::kWords;
 
   // Of queries from first_query on, which end at end_query, and keys from first_key on: what the
   // window and the prefix let see.
@@ -59,6 +100,13 @@ class SeenPairsOfWarp {
         first_key_(first_key),
         end_key_(window.window().seqlen_k()) {
     const int query = first_query + ptx::lane_index();
+    if (window.all({first_query, first_query + ptx::kWarpSize}, {first_key, first_key + kKeys})) {
+#pragma unroll
+      for (uint32_t& word : words_) {
+        word = query < end_query ? ~0u : 0;
+      }
+      return;
+    }
     const int begin = query + window.window().lowest() - first_key;
     const int end = min(query + window.window().highest() + 1, end_key_) - first_key;
     const int end_of_prefix = window.prefix() - first_key;
@@ -70,71 +118,34 @@ class SeenPairsOfWarp {
     }
   }
 
-  // Of one document.
-  FA_DEVICE void keep_documents(const int32_t* g_ids) {
-    int32_t of_keys[kWords];
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      of_keys[word] = __ldg(g_ids + key(word));
-    }
-    const int32_t of_query = __ldg(g_ids + query(ptx::lane_index()));
-#pragma unroll 4
-    for (int row = 0; row < ptx::kWarpSize; ++row) {
-      const int32_t id = __shfl_sync(~0u, of_query, row);
-      keep_row(row, [&](int word) { return id == of_keys[word]; });
+  // What the masks that need_pairs() let see.
+  FA_DEVICE void keep_masks(const ScoreRules& rules, int64_t batch, int head) {
+#pragma unroll 1
+    for (int i = 0; i < ScoreRules::kMasks && rules.masks[i].data != nullptr; ++i) {
+      const KeepMask& mask = rules.masks[i];
+      if (needs_pairs(mask)) {
+        keep_mask(mask, mask.of_head<const uint8_t>(batch, head));
+      }
     }
   }
 
-  // Whose bytes in a mask are not zero.
-  FA_DEVICE void keep_mask(const KeepMask& mask, int batch, int head) {
-    const uint8_t* g_mask = mask.of_head<const uint8_t>(batch, head);
-    const auto load = [&](int row) {
-      const int64_t row_offset = (query(row) >> mask.block_log2) * mask.query_stride;
-      Bytes bytes = 0;
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        const Bytes byte =
-            __ldg(g_mask + row_offset + (key(word) >> mask.block_log2) * mask.key_stride);
-        bytes |= byte << (kBitsOfByte * word);
-      }
-      return bytes;
-    };
-    if (mask.query_stride == 0) {
-      const Bytes bytes = load(0);
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        words_[word] &= __ballot_sync(~0u, is_set(bytes, word));
-      }
-    } else if (is_dense(mask, g_mask)) {
-      keep_row(g_mask + mask.offset(query(ptx::lane_index()), first_key_));
-    } else {
-      keep_rows(load);
-    }
-  }
-
-  // row: of this lane.
-  FA_DEVICE void store(Shared& s_pairs, int row) const {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      s_pairs.words[row][word] = words_[word];
-    }
-  }
+  FA_DEVICE uint32_t word(int index) const { return words_[index]; }
 
  private:
-  static constexpr int kWords = Shared::kWords;
-  static constexpr int kRowsAtOnce = kWords / 2;  // for more there are no registers
-  static constexpr int kBitsOfByte = 8;
-  static constexpr int kUnit = sizeof(uint4);
-  using Bytes = std::conditional_t<kWords == 4, uint32_t, uint16_t>;  // of a lane's keys
-
-  static FA_DEVICE bool is_set(Bytes bytes, int word) {
-    return (bytes >> (kBitsOfByte * word) & 0xFF) != 0;
+  // Whose bytes are not zero in a mask that has one for each query, or for each key.
+  FA_DEVICE void keep_mask(const KeepMask& mask, const uint8_t* g_mask) {
+    const bool sees = g_mask[query(ptx::lane_index()) * mask.query_stride] != 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      const uint32_t seen = __ballot_sync(~0u, g_mask[key(word) * mask.key_stride] != 0);
+      words_[word] &= mask.query_stride == 0 ? seen : sees ? ~0u : 0;
+    }
   }
 
   // Of the keys of a word those before `key`.
   static FA_DEVICE uint32_t bits_before(int key, int word) {
     const int bits = (min(max(key, 0), kKeys) + kWords - 1 - word) / kWords;
-    return static_cast<uint32_t>((uint64_t{1} << bits) - 1);
+    return __funnelshift_lc(~0u, 0u, bits);
   }
 
   // A key that exists, whose bit of a word is this lane's; and a query that exists.
@@ -143,88 +154,128 @@ class SeenPairsOfWarp {
   }
   FA_DEVICE int query(int row) const { return min(first_query_ + row, end_query_ - 1); }
 
-  // Whether a row's bytes may be read 16 at a time.
-  FA_DEVICE bool is_dense(const KeepMask& mask, const uint8_t* g_mask) const {
-    return mask.block_log2 == 0 && mask.key_stride == 1 && mask.query_stride % kUnit == 0 &&
-           reinterpret_cast<uintptr_t>(g_mask) % kUnit == 0 && first_key_ + kKeys <= end_key_;
-  }
-
-  // Of this lane's row, whose bytes begin at g_row. Every other unit comes first, and with it the
-  // one behind it into the cache.
-  FA_DEVICE void keep_row(const uint8_t* g_row) {
-    constexpr int kUnits = kKeys / kUnit;
-    const uint4* g_units = reinterpret_cast<const uint4*>(g_row);
-    uint32_t seen[kWords] = {};
-#pragma unroll 1
-    for (int first = 0; first < 2; ++first) {
-      uint4 units[kUnits / 2];
-#pragma unroll
-      for (int i = 0; i < kUnits / 2; ++i) {
-        units[i] = __ldg(g_units + 2 * i + first);
-      }
-      uint32_t of_units[kWords] = {};
-#pragma unroll
-      for (int i = 0; i < kUnits / 2; ++i) {
-        const uint32_t quads[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
-#pragma unroll
-        for (int quad = 0; quad < 4; ++quad) {
-          add_quad(of_units, quads[quad], 2 * i * kUnit + 4 * quad);
-        }
-      }
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        seen[word] |= of_units[word] << (first * kUnit / kWords);
-      }
-    }
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      words_[word] &= seen[word];
-    }
-  }
-
-  // The bits of four bytes, of the keys from `key` on.
-  static FA_DEVICE void add_quad(uint32_t (&seen)[kWords], uint32_t bytes, int key) {
-    const uint32_t signs = ((bytes & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | bytes;  // set where not zero
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int bit = (key + i) / kWords;
-      const int sign = kBitsOfByte * i + kBitsOfByte - 1;
-      seen[i % kWords] |= (sign >= bit ? signs >> (sign - bit) : signs << (bit - sign)) & 1u << bit;
-    }
-  }
-
-  // Of a row those pairs that sees(word) says of this lane's keys.
-  template <typename Sees>
-  FA_DEVICE void keep_row(int row, Sees&& sees) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      const uint32_t seen = __ballot_sync(~0u, sees(word));
-      words_[word] &= row == ptx::lane_index() ? seen : ~0u;
-    }
-  }
-
-  // Of all rows; load(row) has this lane's bytes of a row.
-  template <typename Load>
-  FA_DEVICE void keep_rows(Load&& load) {
-#pragma unroll 1
-    for (int first = 0; first < ptx::kWarpSize; first += kRowsAtOnce) {
-      Bytes bytes[kRowsAtOnce];
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        bytes[i] = load(first + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        keep_row(first + i, [&](int word) { return is_set(bytes[i], word); });
-      }
-    }
-  }
-
   int first_query_;
   int end_query_;
   int first_key_;
   int end_key_;
   uint32_t words_[kWords];
+};
+
+// The documents of 64 queries, two for each lane, and of the keys whose bits of words are a lane's.
+template <int kKeys>
+struct DocumentsOfWarpgroup {
+  static constexpr int kWords = SeenPairs<kKeys>::kWords;
+  static constexpr int kHalves = SeenPairs<kKeys>::kRows / ptx::kWarpSize;
+
+  int32_t of_queries[kHalves];
+  int32_t of_keys[kWords];
+
+  // g_ids: of the sequence, which has rows up to `end`.
+  FA_DEVICE void load_queries(const int32_t* g_ids, int first, int end) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      of_queries[half] =
+          __ldg(g_ids + min(first + half * ptx::kWarpSize + ptx::lane_index(), end - 1));
+    }
+  }
+  FA_DEVICE void load_keys(const int32_t* g_ids, int first, int end) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      of_keys[word] = __ldg(g_ids + min(first + kWords * ptx::lane_index() + word, end - 1));
+    }
+  }
+};
+
+// Those of all 64 queries of a warpgroup: each lane has the words of two.
+template <int kKeys>
+class SeenPairsOfWarpgroup {
+ public:
+  using OfWarp = SeenPairsOfWarp<kKeys>;
+  using Shared = SeenPairs<kKeys>;
+  static constexpr int kWords = Shared::kWords;
+  static constexpr int kHalves = Shared::kRows / ptx::kWarpSize;
+
+  // find(half) has what is found of each 32 queries. Once in the code.
+  template <typename Find>
+  FA_DEVICE void find(Find&& find) {
+#pragma unroll 1
+    for (int half = 0; half < kHalves; ++half) {
+      const OfWarp seen = find(half);
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {  // the half before it moves up
+        words_[0][word] = words_[1][word];
+        words_[1][word] = seen.word(word);
+      }
+    }
+  }
+
+  FA_DEVICE void see_all() {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        words_[half][word] = ~0u;
+      }
+    }
+  }
+
+  // The words of a mask (PairBits), those of the first query at g_words.
+  FA_DEVICE void load(const uint32_t* g_words) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const Row row = __ldg(reinterpret_cast<const Row*>(g_words) + row_of(half));
+      words_[half][0] = row.x;
+      words_[half][1] = row.y;
+      if constexpr (kWords == 4) {
+        words_[half][2] = row.z;
+        words_[half][3] = row.w;
+      }
+    }
+  }
+
+  FA_DEVICE void keep(const SeenPairsOfWarpgroup& others) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        words_[half][word] &= others.words_[half][word];
+      }
+    }
+  }
+
+  // Those of one document. Queries of one id at a time: there are seldom more than two ids.
+  FA_DEVICE void keep(const DocumentsOfWarpgroup<kKeys>& documents) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int32_t of_query = documents.of_queries[half];
+#pragma unroll 1
+      for (uint32_t left = ~0u; left != 0;) {
+        const int32_t id = __shfl_sync(~0u, of_query, __ffs(static_cast<int>(left)) - 1);
+        const bool is_same = of_query == id;
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          const uint32_t same = __ballot_sync(~0u, documents.of_keys[word] == id);
+          words_[half][word] &= is_same ? same : ~0u;
+        }
+        left &= ~__ballot_sync(~0u, is_same);
+      }
+    }
+  }
+
+  FA_DEVICE void store(Shared& s_pairs) const {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      s_pairs.set(row_of(half), words_[half]);
+    }
+  }
+
+ private:
+  static_assert(kHalves == 2);
+  using Row = std::conditional_t<kWords == 4, uint4, uint2>;
+
+  static FA_DEVICE int row_of(int half) { return half * ptx::kWarpSize + ptx::lane_index(); }
+
+  uint32_t words_[kHalves][kWords];
 };
 
 }  // namespace fa::sm90

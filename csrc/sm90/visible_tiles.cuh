@@ -7,20 +7,31 @@
 
 namespace fa::sm90 {
 
-// By one warp: from the first tile to the last, without those in which no query sees a key. Looks
-// at as many at a time as the warp has lanes.
+enum class Tiles { kVisible, kMixed };
+
+// By one warp: from the first tile to the last, without those in which no query sees a key; or
+// without those too in which every query sees every key. class_of(tile) is asked of as many at a
+// time as the warp has lanes, before they are needed. The first advance() comes to the first tile.
+template <typename ClassOf>
 class VisibleTiles {
  public:
-  // among: that may be visible. g_classes: of these queries, or null.
-  FA_DEVICE VisibleTiles(const PrefixWindow& window, Range queries, Range among, int tile_n,
-                         const TileClass* g_classes)
-      : window_(window),
-        queries_(queries),
-        tile_n_(tile_n),
-        g_classes_(g_classes),
-        next_(among.begin),
-        end_(among.end) {
-    look();
+  // among: that may be visible.
+  FA_DEVICE VisibleTiles(Tiles which, Range among, const ClassOf& class_of)
+      : which_(which), class_of_(class_of), next_(among.begin - ptx::kWarpSize), end_(among.end) {}
+
+  FA_DEVICE void advance() {
+    visible_ &= visible_ - 1;  // none, where there was none
+#pragma unroll 1
+    while (visible_ == 0 && next_ < end_) {
+      const TileClass tile_class = ahead_;
+      first_ = next_;
+      next_ += ptx::kWarpSize;
+      const int tile = next_ + ptx::lane_index();
+      ahead_ = tile < end_ ? class_of_(tile) : TileClass::kHidden;
+      mixed_ = __ballot_sync(~0u, tile_class == TileClass::kMixed);
+      visible_ =
+          which_ == Tiles::kMixed ? mixed_ : __ballot_sync(~0u, tile_class != TileClass::kHidden);
+    }
   }
 
   FA_DEVICE bool done() const { return visible_ == 0; }
@@ -30,38 +41,16 @@ class VisibleTiles {
   // Whether at most so many are left, the current one included. It may say no where there are, but
   // not when done.
   FA_DEVICE bool has_at_most(int tiles) const { return next_ >= end_ && __popc(visible_) <= tiles; }
-  FA_DEVICE void advance() {
-    visible_ &= visible_ - 1;
-    look();
-  }
 
  private:
   FA_DEVICE int bit() const { return __ffs(static_cast<int>(visible_)) - 1; }
 
-  FA_DEVICE void look() {
-    while (visible_ == 0 && next_ < end_) {
-      first_ = next_;
-      next_ += ptx::kWarpSize;
-      const int tile = first_ + ptx::lane_index();
-      const TileClass tile_class = tile < end_ ? class_at(tile) : TileClass::kHidden;
-      visible_ = __ballot_sync(~0u, tile_class != TileClass::kHidden);
-      mixed_ = __ballot_sync(~0u, tile_class == TileClass::kMixed);
-    }
-  }
-
-  FA_DEVICE TileClass class_at(int tile) const {
-    return g_classes_ != nullptr
-               ? g_classes_[tile]
-               : class_of(window_, queries_, {tile * tile_n_, (tile + 1) * tile_n_});
-  }
-
-  PrefixWindow window_;
-  Range queries_;
-  int tile_n_;
-  const TileClass* g_classes_;
+  Tiles which_;
+  ClassOf class_of_;
   int next_;  // the first tile not looked at
   int end_;
-  int first_ = 0;  // of those looked at, as bits:
+  TileClass ahead_ = TileClass::kHidden;  // of this lane's tile of those from there on
+  int first_ = 0;                         // of those looked at, as bits:
   uint32_t visible_ = 0;
   uint32_t mixed_ = 0;
 };

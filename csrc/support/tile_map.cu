@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A warp tells the class of a pair of tiles, one of queries and one of keys: first by what can be
-// told without reading the masks, then by their bytes, of which it reads those that differ.
+// told without reading the masks, then by their bytes, of which it reads those that differ, or
+// bits.
 #include "support/tile_map.h"
 
 #include <cstdint>
@@ -136,17 +137,35 @@ FA_DEVICE TileClass class_by_documents(const int32_t* g_ids, Range queries, Rang
   return is_one ? TileClass::kSeen : TileClass::kMixed;
 }
 
-// Of queries and keys that exist.
-FA_DEVICE TileClass class_by_data(const ScoreRules& rules, int batch, int head, Range queries,
-                                  Range keys) {
+// By the bits of the first mask, of a tile in which so many pairs exist.
+FA_DEVICE TileClass class_by_bits(const uint32_t* g_words, int words, int pairs) {
+  const auto* g_units = reinterpret_cast<const uint4*>(g_words);
+  int seen = 0;
+#pragma unroll 2
+  for (int unit = ptx::lane_index(); unit < words / 4; unit += ptx::kWarpSize) {
+    const uint4 bits = __ldg(g_units + unit);
+    seen += __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
+  }
+  seen = __reduce_add_sync(~0u, seen);
+  return seen == 0 ? TileClass::kHidden : seen == pairs ? TileClass::kSeen : TileClass::kMixed;
+}
+
+// Of queries and keys that exist. g_words: what stands for the first mask, or null.
+FA_DEVICE TileClass class_by_data(const TileMapParams& params, int batch, int head, Range queries,
+                                  Range keys, const uint32_t* g_words) {
+  const ScoreRules& rules = params.rules;
   TileClass result = TileClass::kSeen;
   if (rules.document_ids != nullptr) {
     result = class_by_documents(rules.document_ids + batch * rules.document_stride, queries, keys);
   }
   for (const KeepMask& mask : rules.masks) {
-    if (mask.data != nullptr && result != TileClass::kHidden) {
-      result = both(result, class_by_mask(mask, batch, head, queries, keys));
+    if (mask.data == nullptr || result == TileClass::kHidden) {
+      break;
     }
+    result = both(result, &mask == rules.masks && g_words != nullptr
+                              ? class_by_bits(g_words, params.pair_bits.tile_words,
+                                              queries.size() * keys.size())
+                              : class_by_mask(mask, batch, head, queries, keys));
   }
   return result;
 }
@@ -171,9 +190,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const PrefixWindow window(params.rules, params.window.over(queries, keys), tile.batch);
   TileClass result = fa::class_of(window, query_range, key_range);
   if (result != TileClass::kHidden) {
-    result = both(result, class_by_data(params.rules, tile.batch, item.head,
-                                        {first_query, min(query_range.end, queries)},
-                                        {first_key, min(key_range.end, keys)}));
+    // Where a sequence ends inside a tile and its tensor goes on, bits tell of what does not exist.
+    const bool has_bits = params.pair_bits.words != nullptr &&
+                          (query_range.end <= queries || queries == shape.seqlen_q) &&
+                          (key_range.end <= keys || keys == shape.seqlen_k);
+    result = both(
+        result,
+        class_by_data(params, tile.batch, item.head, {first_query, min(query_range.end, queries)},
+                      {first_key, min(key_range.end, keys)},
+                      has_bits ? params.pair_bits.tile(tile.batch, item.head, tile.tile, key_tile)
+                               : nullptr));
   }
   if (ptx::lane_index() == 0) {
     params.map.row(item.head, item.batch)[key_tile] = result;

@@ -12,6 +12,7 @@ struct TileMapParams {
   Shape shape;
   Sequences queries;
   Sequences keys;
+  PairBits pair_bits;  // of the first mask, or null
   TileMap map;
   int tile_m;
   int tile_n;
@@ -25,7 +26,7 @@ template <typename Params>
 void fill_tile_map(const Params& params, int tile_m, int tile_n, void* stream) {
   if (params.tile_map.classes != nullptr) {
     launch_tile_map({params.rules, params.window, params.shape, params.queries, params.keys,
-                     params.tile_map, tile_m, tile_n},
+                     params.pair_bits, params.tile_map, tile_m, tile_n},
                     stream);
   }
 }

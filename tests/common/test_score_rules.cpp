@@ -217,6 +217,49 @@ void check_offsets_beyond_32_bits() {
                4 * static_cast<uintptr_t>(3 * kLarge + 5 * (kLarge + 1)));
 }
 
+// Only a mask that has a byte for each pair is packed, and its tiles lie one after the other.
+void check_pair_bits() {
+  uint8_t byte = 1;
+  ScoreRules rules;
+  const auto bits_of = [&rules](int seqlen_q, int seqlen_k) {
+    return fa::PairBits::of(rules, 3, 2, seqlen_q, seqlen_k, 128, 64);
+  };
+  FA_EXPECT_EQ(bits_of(200, 200).count, 0);
+  rules.masks[0] = {{&byte, 0, 0, 0, 1}, 0};
+  FA_EXPECT_EQ(bits_of(200, 200).count, 0, "of keys");
+  rules.masks[0] = {{&byte, 0, 0, 1, 0}, 0};
+  FA_EXPECT_EQ(bits_of(200, 200).count, 0, "of queries");
+  rules.masks[0] = {{&byte, 0, 0, 2, 1}, 7};
+  FA_EXPECT_EQ(bits_of(200, 200).count, 0, "of blocks");
+  rules.masks[0] = {{&byte, 0, 0, 200, 1}, 0};
+  FA_EXPECT_EQ(bits_of(0, 200).count, 0, "of nothing");
+  constexpr int64_t kTileWords = 128 * 64 / 32;
+  for (const bool by_batch : {false, true}) {
+    for (const bool by_head : {false, true}) {
+      rules.masks[0].batch_stride = by_batch ? 80000 : 0;
+      rules.masks[0].head_stride = by_head ? 40000 : 0;
+      const fa::PairBits bits = bits_of(200, 200);
+      int64_t next = 0;
+      for (int b = 0; b < bits.batch(3); ++b) {
+        for (int h = 0; h < bits.heads(2); ++h) {
+          for (int i = 0; i < 2; ++i) {
+            for (int j = 0; j < 4; ++j, next += kTileWords) {
+              FA_EXPECT_EQ(bits.tile(b, h, i, j) - bits.words, next, "at", b, h, i, j);
+            }
+          }
+        }
+      }
+      FA_EXPECT_EQ(bits.count, next);
+      FA_EXPECT_EQ(bits.count, (by_batch ? 3 : 1) * (by_head ? 2 : 1) * 8 * kTileWords);
+      FA_EXPECT(by_batch || bits.tile(2, 1, 1, 3) == bits.tile(0, 1, 1, 3));
+      FA_EXPECT(by_head || bits.tile(2, 1, 1, 3) == bits.tile(2, 0, 1, 3));
+    }
+  }
+  const fa::PairBits large = bits_of(1 << 20, 1 << 20);
+  FA_EXPECT_EQ(large.tile(2, 1, (1 << 13) - 1, (1 << 14) - 1) - large.words,
+               large.count - kTileWords);
+}
+
 }  // namespace
 
 int main() {
@@ -225,5 +268,6 @@ int main() {
   check_what_there_is();
   check_visibility();
   check_offsets_beyond_32_bits();
+  check_pair_bits();
   return fa::test::report("common/test_score_rules");
 }

@@ -14,6 +14,8 @@
 #include "device/seen_tiles.cuh"
 #include "device/work_order.cuh"
 #include "dispatch/registry.h"
+#include "sm90/seen_pairs.cuh"
+#include "support/pair_bits.h"
 #include "support/tile_map.h"
 #include "tests/support/cuda_blocks.h"
 #include "tests/support/cuda_rules.h"
@@ -208,11 +210,21 @@ void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
   const ScoreRules view = rules.view();
   const bool by_head = std::any_of(std::begin(view.masks), std::end(view.masks),
                                    [](const KeepMask& mask) { return mask.head_stride != 0; });
+  const bool has_bits = test.lengths.empty() && tile_n % 64 == 0;
+  PairBits bits = has_bits ? PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q,
+                                          shape.seqlen_k, tile_m, tile_n)
+                           : PairBits{};
+  Managed<uint32_t> words(bits.count + 1);
+  if (bits.count > 0) {
+    bits.words = words.data;
+    support::launch_pair_bits(
+        {view.masks[0], bits, shape, tile_m, tile_n, support::BitRows::kQueries}, nullptr);
+  }
   constexpr auto kUnwritten = static_cast<TileClass>(77);
   Managed<TileClass> classes(of_head * (by_head ? shape.num_heads : 1), kUnwritten);
   const TileMap map = {classes.data, by_head ? of_head : 0, key_tiles};
   const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
-  support::launch_tile_map({view, window, shape, sequences, sequences, map, tile_m, tile_n},
+  support::launch_tile_map({view, window, shape, sequences, sequences, bits, map, tile_m, tile_n},
                            nullptr);
   check_cuda(cudaDeviceSynchronize(), "run");
 
@@ -247,8 +259,8 @@ void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
       }
     }
   }
-  report(concat("tile map, ", test.name, ", tiles ", tile_m, "x", tile_n, ": ", found[0],
-                " hidden, ", found[1], " mixed"),
+  report(concat("tile map, ", test.name, ", tiles ", tile_m, "x", tile_n,
+                bits.count > 0 ? ", by bits: " : ": ", found[0], " hidden, ", found[1], " mixed"),
          wrong, count);
 }
 
@@ -347,6 +359,104 @@ void test_scores(const std::string& layout) {
   }
 }
 
+// What one warp finds out for a warpgroup of Hopper's general forward, and four warps read: 1 where
+// a pair is seen.
+template <int kKeys>
+__global__ void seen_pairs_kernel(const __grid_constant__ ScoreRules rules, WindowMask window,
+                                  int first_query, int first_key, const uint32_t* g_bits,
+                                  float* g_scores) {
+  __shared__ sm90::SeenPairs<kKeys> s_pairs;
+  sm90::SeenPairsOfWarpgroup<kKeys> seen;
+  seen.find([&](int half) {
+    sm90::SeenPairsOfWarp<kKeys> found(PrefixWindow(rules, window, 1),
+                                       first_query + half * ptx::kWarpSize, window.seqlen_q(),
+                                       first_key);
+    found.keep_masks(rules, 1, 2);
+    return found;
+  });
+  if (g_bits != nullptr) {
+    sm90::SeenPairsOfWarpgroup<kKeys> of_mask;
+    of_mask.load(g_bits);
+    seen.keep(of_mask);
+  }
+  if (rules.document_ids != nullptr) {
+    const int32_t* g_ids = rules.document_ids + rules.document_stride;
+    sm90::DocumentsOfWarpgroup<kKeys> documents;
+    documents.load_queries(g_ids, first_query, window.seqlen_q());
+    documents.load_keys(g_ids, first_key, window.seqlen_k());
+    seen.keep(documents);
+  }
+  seen.store(s_pairs);
+  __syncwarp();
+  for (int row = 0; row < sm90::SeenPairs<kKeys>::kRows; row += device::kBlockRows) {
+    device::Accumulator<device::kBlockRows, kKeys> r_scores;
+    r_scores.transform([](float, int, int, int) { return 1.0f; });
+    typename sm90::SeenPairs<kKeys>::OfThread r_seen;
+    s_pairs.load(r_seen, row);
+    s_pairs.keep_seen(r_scores, r_seen);
+    dump(r_scores, g_scores, kKeys, row, 0);
+  }
+}
+
+template <int kKeys>
+void test_seen_pairs(const MapCase& test) {
+  constexpr int kQueries = 64;
+  const Rules rules(test, g_random);
+  const ScoreRules view = rules.view();
+  const Shape& shape = test.shape;
+  const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
+  const Visibility visibility(view, window, 1, 2);
+  PairBits bits = PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k,
+                               kQueries, kKeys);
+  Managed<uint32_t> words(bits.count + 1);
+  if (bits.count > 0) {
+    bits.words = words.data;
+    support::launch_pair_bits(
+        {view.masks[0], bits, shape, kQueries, kKeys, support::BitRows::kQueries}, nullptr);
+  }
+  int wrong = 0;
+  int seen = 0;
+  int count = 0;
+  for (int i = 0; i * kQueries < shape.seqlen_q; ++i) {
+    for (int j = 0; j * kKeys < shape.seqlen_k; ++j) {
+      Managed<float> scores(kQueries * kKeys, kUntouched);
+      run<seen_pairs_kernel<kKeys>>(1, 32, 0, view, window, i * kQueries, j * kKeys,
+                                    bits.count > 0 ? bits.tile(1, 2, i, j) : nullptr, scores.data);
+      for (int row = 0; row < kQueries; ++row) {
+        for (int col = 0; col < kKeys; ++col, ++count) {
+          const int query = i * kQueries + row;
+          const int key = j * kKeys + col;
+          const bool sees =
+              query < shape.seqlen_q && key < shape.seqlen_k && visibility.allows(query, key);
+          wrong += scores[row * kKeys + col] != (sees ? 1.0f : -INFINITY);
+          seen += sees;
+        }
+      }
+    }
+  }
+  report(concat("pairs seen, ", test.name, ", of ", kKeys, " keys: ", seen), wrong, count);
+}
+
+const MapCase kSeenCases[] = {
+    {"window", {2, 3, 1, 150, 300, 64, 64}, {}, 50, 10},
+    {"window and prefix", {2, 3, 1, 300, 150, 64, 64}, {.prefix_lens = {0, 70}}, 20, 3},
+    {"documents", {2, 3, 1, 300, 300, 64, 64}, {.documents = 2}},
+    {"many documents, causal", {2, 3, 1, 300, 300, 64, 64}, {.documents = 40}, -1, 0},
+    {"a mask", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{}}}},
+    {"a mask of queries", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.over = {.key = true}}}}},
+    {"a mask of keys", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.over = {.query = true}}}}},
+    {"a mask of all",
+     {2, 3, 1, 90, 90, 64, 64},
+     {.masks = {{.over = {.query = true, .key = true}}}}},
+    {"everything",
+     {2, 3, 1, 300, 300, 64, 64},
+     {.masks = {{}, {.over = {.head = true, .query = true}}},
+      .documents = 3,
+      .prefix_lens = {0, 60}},
+     80,
+     10},
+};
+
 }  // namespace
 
 int main() {
@@ -355,8 +465,13 @@ int main() {
     test_find_tile();
     for (const MapCase& test : kMapCases) {
       test_tile_map(test, 128, 128);
+      test_tile_map(test, 128, 64);
       test_tile_map(test, 64, 32);
       test_tile_map(test, 32, 112);
+    }
+    for (const MapCase& test : kSeenCases) {
+      test_seen_pairs<64>(test);
+      test_seen_pairs<128>(test);
     }
     test_scores<device::Accumulator<16, 64>>("whole rows");
     test_scores<device::Accumulator<32, 32>>("two blocks of rows");

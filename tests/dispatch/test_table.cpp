@@ -23,7 +23,7 @@ constexpr int kLargestHeadDim = 512;
 
 // With kernels for Hopper alone.
 constexpr int kLargestHeadDimOfHopper = 256;
-constexpr int kLargestGeneralHeadDimOfHopper[] = {64, 128};  // of forward, of backward
+constexpr int kLargestGeneralHeadDimOfHopper = 128;  // of backward
 
 struct Choice {
   Family family;
@@ -76,7 +76,7 @@ void check_choices() {
         if (head_dim <= kLargestHeadDimOfHopper) {
           check({kSm90, pass, kBFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
           check({kSm90, pass, kFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
-          if (head_dim <= kLargestGeneralHeadDimOfHopper[pass == kForward ? 0 : 1]) {
+          if (pass == kForward || head_dim <= kLargestGeneralHeadDimOfHopper) {
             check({kSm90, pass, kBFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
             check({kSm90, pass, kFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
           }

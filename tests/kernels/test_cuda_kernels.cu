@@ -148,12 +148,15 @@ void run_forward(int row, const Problem<Element>& problem) {
   DeviceTensor<float> lse(problem.of_statistics);
   const DeviceTileMap map(problem.shape, problem.queries, problem.rules.view(), config.tile_m,
                           config.tile_n);
-  registry().kernels[row].forward(problem.forward(out, lse, map.view()), {});
+  FwdParams params = problem.forward(out, lse, map.view());
+  const DevicePairBits pair_bits(params, config);
+  params.pair_bits = pair_bits.view();
+  registry().kernels[row].forward(params, {});
   wait_for(config, problem.test);
   compare(config, problem.test, "out", out, problem.expected.out, problem.shape.head_dim_v,
           bound_of(config));
-  if (!map.guards_hold()) {
-    fail(config, problem.test, "tile map: wrote outside");
+  if (!map.guards_hold() || !pair_bits.guards_hold()) {
+    fail(config, problem.test, "tile map or pair bits: wrote outside");
   }
   compare_lse(config, problem.test, lse, problem.expected.lse);
 }
@@ -212,7 +215,9 @@ class BackwardTest {
     const ScoreTensor dbias =
         test().rules.bias ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
                           : ScoreTensor{};
-    const BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
+    BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
+    const DevicePairBits pair_bits(params, config());
+    params.pair_bits = pair_bits.view();
     std::vector<Element> dq;
     for (int repeat = 0; repeat < (deterministic ? test().repeats : 1); ++repeat) {
       memory.poison();
@@ -235,7 +240,7 @@ class BackwardTest {
     compare(config(), test(), "dk" + mode, dk_, expected.dk, shape.head_dim, bound);
     compare(config(), test(), "dv" + mode, dv_, expected.dv, shape.head_dim_v, bound);
     compare_dbias(mode, bound);
-    if (!memory.guards_hold() || !map.guards_hold()) {
+    if (!memory.guards_hold() || !map.guards_hold() || !pair_bits.guards_hold()) {
       fail(config(), test(), "workspace" + mode + ": wrote outside");
     }
   }

@@ -143,6 +143,7 @@ class MalformedTest {
     clean(memory);
     FwdParams params = problem_.forward(memory, problem_.shape);
     add_tile_map(memory, config, params);
+    add_pair_bits(memory, config, params);
     registry().kernels[row].forward(params, {});
     wait_for(config.name());
     fetch(memory);
@@ -159,6 +160,7 @@ class MalformedTest {
     clean(memory);
     BwdParams params = problem_.backward(memory, problem_.shape);
     add_tile_map(memory, config, params);
+    add_pair_bits(memory, config, params);
     const int64_t tiles = tiles_of(params, config);
     const int heads = params.shape.num_heads;
     const int64_t floats =
@@ -211,6 +213,16 @@ class MalformedTest {
     const int64_t bytes = (differs ? params.shape.num_heads : 1) * query_tiles * key_tiles;
     params.tile_map = {static_cast<TileClass*>(memory.allocate(bytes)),
                        differs ? query_tiles * key_tiles : 0, key_tiles};
+  }
+
+  template <typename Params>
+  void add_pair_bits(DeviceMemory& memory, const KernelConfig& config, Params& params) {
+    if (config.reads_pair_bits()) {
+      params.pair_bits = pair_bits_of(params, config.tile_m, config.tile_n);
+      const int64_t bytes = params.pair_bits.count * static_cast<int64_t>(sizeof(uint32_t));
+      params.pair_bits.words =
+          bytes == 0 ? nullptr : static_cast<uint32_t*>(memory.allocate(bytes));
+    }
   }
 
   template <typename Params>

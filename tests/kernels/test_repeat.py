@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from flash_attn_cuda import flash_attn_func
 from tests.support.cases import Case, Inputs, make_inputs
-from tests.support.compare import assert_bitwise_equal, assert_within_bound, expected_with_bounds
+from tests.support.compare import (
+    assert_bitwise_equal,
+    assert_within_bound,
+    expected_with_bounds,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -45,6 +51,30 @@ MANY_BLOCKS = [
     dataclasses.replace(case, batch=16, heads_kv=4)
     for case in CASES
     if case.causal and case.dtype == "bfloat16"
+]
+
+# Tiles of queries and keys by the dozen, in all of which pairs are hidden.
+RULES: list[dict[str, Any]] = [
+    {"bias": "qk", "window": (1000, 1000)},
+    {"bias": "hqk", "bias_dtype": "float32", "documents": "shuffled"},
+    {"mask": "hqk", "density": 0.7, "causal": True},
+    {"padding": "left", "documents": "runs", "prefix": True, "causal": True},
+]
+RULED = [
+    Case(
+        batch=1,
+        seqlen_q=1240,
+        seqlen_k=1240,
+        heads=4,
+        heads_kv=2,
+        head_dim=head_dim,
+        dtype="bfloat16",
+        deterministic=True,
+        device="cuda",
+        **rules,
+    )
+    for head_dim in (64, 128, 256)
+    for rules in RULES
 ]
 
 
@@ -94,6 +124,24 @@ def test_deterministic_results_are_the_same_bits_every_time(
         again = _step(case, inputs, deterministic=True)
         differ |= torch.stack(list(map(_differ, again, first)))
     assert not differ.any(), dict(zip(NAMES, differ.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("case", RULED, ids=str)
+def test_results_under_rules_are_the_same_bits_every_time(
+    case: Case, make_noise: Callable[[], None]
+) -> None:
+    inputs = make_inputs(case)
+    first = _results(case, inputs)
+    differ = torch.zeros(len(first), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        make_noise()
+        differ |= torch.stack(list(map(_differ, _results(case, inputs).values(), first.values())))
+    assert not differ.any(), dict(zip(first, differ.tolist(), strict=True))
+
+
+def _results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    found = vars(run(case, inputs, backward=True, poisoned=False))
+    return {name: result.detach() for name, result in found.items() if result is not None}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

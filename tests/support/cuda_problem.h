@@ -325,6 +325,27 @@ class DeviceTileMap {
   bool is_used_;
 };
 
+// The bits of a mask for a row's kernel, as the API allocates them.
+class DevicePairBits {
+ public:
+  template <typename Params>
+  DevicePairBits(const Params& params, const KernelConfig& config)
+      : bits_(config.reads_pair_bits() ? pair_bits_of(params, config.tile_m, config.tile_n)
+                                       : PairBits{}),
+        words_(bits_.count) {}
+
+  PairBits view() const {
+    PairBits view = bits_;
+    view.words = bits_.count > 0 ? words_.data() : nullptr;
+    return view;
+  }
+  bool guards_hold() const { return words_.guards_hold(); }
+
+ private:
+  PairBits bits_;
+  DeviceArray<uint32_t> words_;
+};
+
 // A case with its inputs on the device and what is to come of them. The inputs of the backward pass
 // are those that a perfect forward pass gives.
 template <typename Element>

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "common/params.h"
+
+namespace fa::support {
+
+// Which of the two are the rows of a tile's bits.
+enum class BitRows { kQueries, kKeys };
+
+// What the bits of a mask are made of.
+struct PairBitsParams {
+  KeepMask mask;
+  PairBits bits;
+  Shape shape;
+  int tile_m;
+  int tile_n;
+  BitRows rows;
+};
+
+// Tiles have 64 or 128 columns, and rows in whole warps.
+void launch_pair_bits(const PairBitsParams& params, void* stream);
+
+// Before the tile map and the kernel of a row that has tiles of this size; nothing where none are
+// needed. Params: of a pass.
+template <typename Params>
+void fill_pair_bits(const Params& params, int tile_m, int tile_n, BitRows rows, void* stream) {
+  if (params.pair_bits.words != nullptr) {
+    launch_pair_bits({params.rules.masks[0], params.pair_bits, params.shape, tile_m, tile_n, rows},
+                     stream);
+  }
+}
+
+}  // namespace fa::support
