@@ -48,9 +48,8 @@ struct DbiasTraits : NarrowBwdTraits<kRow> {
       return reinterpret_cast<float*>(bias[0].elements) + key * kPartQueries;
     }
   };
-  static constexpr int kSmemOfHopper = 227 * 1024;  // of a block
   static_assert(sizeof(ScoreTile) % 1024 == 0);
-  static_assert(sizeof(SharedMemory) <= kSmemOfHopper);
+  static_assert(sizeof(SharedMemory) == Base::kConfig.sm90_bwd_smem_bytes(4, 2));
   static_assert(sizeof(ScoreTile[kBiasStages]) >=
                 Base::kTileN * kPartQueries * static_cast<int>(sizeof(float)));
 };
