@@ -83,7 +83,7 @@ def explain(
     Args:
         q, k, v, causal, window_size: as of :func:`flash_attn_func`.
         rules: attn_bias, attn_mask, key_padding_mask, document_ids, prefix_lens and block_mask of
-            it; only whether they are given is looked at, and of attn_bias whether it requires grad.
+            it; only whether they are given is looked at.
 
     Returns:
         An :class:`Explanation`; its str() is a report.
@@ -107,8 +107,6 @@ def explain(
         compute_capability, smem_opt_in = _C.query_cuda_device(index)
         device = f"{torch.cuda.get_device_name(index)} (sm_{compute_capability})"
 
-    bias = rules.get("attn_bias")
-
     def decide(pass_name: str) -> Decision:
         decision: dict[str, Any] = _C.explain(
             pass_name=pass_name,
@@ -119,7 +117,6 @@ def explain(
             window_left=window_left,
             window_right=window_right,
             general_scores=any(tensor is not None for tensor in rules.values()),
-            bias_gradient=pass_name == "bwd" and bias is not None and bias.requires_grad,
             on_cuda=on_cuda,
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,

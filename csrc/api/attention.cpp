@@ -137,8 +137,7 @@ Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& c
 
 std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, const Argument& v,
                                        Call call) {
-  const int row =
-      select_row(problem_for(Pass::kForward, q, call.shape, call.window, call.rules, false));
+  const int row = select_row(problem_for(Pass::kForward, q, call.shape, call.window, call.rules));
   const int head_dim_v = call.shape.head_dim_v;
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
@@ -183,8 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
   check_like_out(out, q, v);
   check_row_statistics(softmax_lse, q);
   check_row_statistics(dlse, q);
-  const int row = select_row(
-      problem_for(Pass::kBackward, q, call.shape, call.window, call.rules, dbias.data != nullptr));
+  const int row = select_row(problem_for(Pass::kBackward, q, call.shape, call.window, call.rules));
   const auto [head_dim, head_dim_v] = std::pair(call.shape.head_dim, call.shape.head_dim_v);
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);

@@ -73,13 +73,12 @@ CudaDevice cuda_device(int device_index) {
 void limit_shared_memory(int64_t bytes) { g_smem_limit = bytes; }
 
 Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window,
-                    const ScoreRules& rules, bool bias_gradient) {
+                    const ScoreRules& rules) {
   return {.pass = pass,
           .dtype = dtype_of(q),
           .head_dim = std::max(shape.head_dim, shape.head_dim_v),
           .full_mask = window.is_full(),
           .general_scores = rules.any(),
-          .bias_gradient = bias_gradient,
           .on_cuda = q.device.is_cuda(),
           .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
 }

@@ -40,12 +40,12 @@ class Descriptor {
   uint32_t lower_;
 };
 
-// sum = a b^T over the first kDepth columns: rows a_row .. of s_a with the first rows of s_b.
+// sum = a b^T over the first kDepth columns: rows a_row .. of s_a with rows b_row .. of s_b.
 template <int kDepth, typename Sum, typename Element, int kRowsA, int kRowsB, int kCols>
 FA_DEVICE void issue_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kCols>& s_a, int a_row,
-                         const SmemTile<Element, kRowsB, kCols>& s_b) {
+                         const SmemTile<Element, kRowsB, kCols>& s_b, int b_row = 0) {
   const Descriptor a(s_a, a_row);
-  const Descriptor b(s_b, 0);
+  const Descriptor b(s_b, b_row);
 #pragma unroll
   for (int col = 0; col < kDepth; col += kMmaDepth) {
     ptx::Wgmma<Element, Sum::kCols>::ss(r_sum.r[0], a.at(0, col), b.at(0, col), col > 0);

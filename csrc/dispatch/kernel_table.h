@@ -5,6 +5,7 @@
 // head_dim. A row says what it runs (dtype, mask, head_dim up to its own) and how it is tiled.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -42,10 +43,6 @@ struct KernelConfig {
   constexpr int smem_cols() const { return (head_dim + 63) / 64 * 64; }
   // Backward, whether dk and dv are too wide for one warpgroup.
   constexpr bool is_wide() const { return head_dim > 128; }
-  // Whether a row that runs general scores leaves the gradient of a bias to others.
-  constexpr bool lacks_bias_gradient() const {
-    return family == Family::kSm90 && pass == Pass::kBackward;
-  }
   constexpr int q_stages() const { return sm90_smem_bytes(2, 2) <= kSm90Room ? 2 : 1; }
   constexpr int kv_stages() const { return sm90_smem_bytes(2, 4) <= kSm90Room ? 4 : 2; }
 
@@ -68,20 +65,24 @@ struct KernelConfig {
               : 0;
       return (tile_m + 4 * tile_n) * head_dim * element_bytes + exchange;
     }
-    const int64_t statistics = 4 * tile_m * static_cast<int64_t>(sizeof(float));
     if (family == Family::kSm90) {
       // The next k and v too, and ds twice, but no p. In wide rows p and ds twice, in general ones
-      // ds and a 16-bit bias, and no room for the next k and v.
-      const bool is_plain = !is_wide() && score == ScoreMode::kPlain;
-      const int tiles_of_keys = is_plain ? 4 : 2;
-      const int tiles_of_scores = is_plain ? 2 : 4;
-      return (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
-              tiles_of_scores * tile_m * tile_n) *
-                 element_bytes +
-             statistics + kSm90ControlBytes;
+      // ds and a 16-bit bias, and no room for the next k and v; for its gradient both, but no ds.
+      const int64_t with_next_keys = sm90_bwd_smem_bytes(4, 2);
+      const int64_t with_scores = sm90_bwd_smem_bytes(2, 4);
+      return is_wide()                      ? with_scores
+             : score == ScoreMode::kGeneral ? std::max(with_scores, with_next_keys)
+                                            : with_next_keys;
     }
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
-           statistics;
+           bwd_statistics_bytes();
+  }
+
+  // Of one of Hopper's kernels for backward: with so many tiles of k and v, and of 16-bit scores.
+  constexpr int64_t sm90_bwd_smem_bytes(int tiles_of_keys, int tiles_of_scores) const {
+    return int64_t{2} * (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
+                         tiles_of_scores * tile_m * tile_n) +
+           bwd_statistics_bytes() + kSm90ControlBytes;
   }
 
   // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
@@ -106,6 +107,9 @@ struct KernelConfig {
 
  private:
   static constexpr int64_t kSm90Room = int64_t{227} * 1024;
+  constexpr int64_t bwd_statistics_bytes() const {
+    return 4 * tile_m * static_cast<int64_t>(sizeof(float));
+  }
   constexpr int64_t sm90_smem_bytes(int tiles_of_q, int tiles_of_k) const {
     const int64_t pairs = score == ScoreMode::kGeneral ? int64_t{tile_m} * tile_n : 0;
     return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() + 2 * pairs +

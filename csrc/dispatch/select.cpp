@@ -104,9 +104,6 @@ Verdict judge(int row, const Problem& problem) {
   if (config.score == ScoreMode::kPlain && problem.general_scores) {
     return Verdict::kScores;
   }
-  if (config.lacks_bias_gradient() && problem.bias_gradient) {
-    return Verdict::kBiasGradient;
-  }
   if (problem.on_cuda && !config.fits(problem.device.smem_opt_in)) {
     return Verdict::kSharedMemory;
   }
@@ -144,8 +141,6 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
       return "for full attention only";
     case Verdict::kScores:
       return "for scores without bias, masks, documents and prefixes";
-    case Verdict::kBiasGradient:
-      return "for biases whose gradient nobody asks for";
     case Verdict::kSharedMemory:
       return concat("needs ", config.smem_bytes(), " bytes of shared memory",
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",

@@ -16,7 +16,6 @@ struct Problem {
   int head_dim;         // the larger one of q and k, and of v
   bool full_mask;       // every query sees every key
   bool general_scores;  // with rules of common/score_rules.h
-  bool bias_gradient;   // of them a bias whose gradient is asked for
   bool on_cuda;         // else on the CPU
   CudaDevice device;    // read where on_cuda
 };
@@ -32,7 +31,6 @@ enum class Verdict {
   kHeadDim,
   kMask,
   kScores,
-  kBiasGradient,
   kSharedMemory,
   kNotBuilt,
 };

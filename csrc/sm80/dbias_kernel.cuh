@@ -5,6 +5,7 @@
 // one tile for all, whose rows or columns are added up in the end.
 #pragma once
 
+#include "common/dbias_tiles.h"
 #include "common/params.h"
 #include "common/scheduler.h"
 #include "device/convert.cuh"
@@ -12,14 +13,6 @@
 #include "sm80/bwd_scores.cuh"
 
 namespace fa::sm80 {
-
-// Of the entries of a dimension, those that share one of the bias; and how many the bias has.
-FA_HOST_DEVICE constexpr Range shared_range(int entry, int count, int64_t stride) {
-  return stride == 0 ? Range{0, count} : Range{min(entry, count), min(entry + 1, count)};
-}
-FA_HOST_DEVICE constexpr int entries_of(int count, int64_t stride) {
-  return stride == 0 ? 1 : count;
-}
 
 // Tiles of queries by tiles of keys, heads and batch entries of a bias.
 template <typename Traits>

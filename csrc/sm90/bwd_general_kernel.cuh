@@ -165,7 +165,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
       if (maps.loads_bias) {
-        add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], warp_row);
+        add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], 0, warp_row);
       } else if (has_bias) {
         add_bias_of_lane<Scores::kColBlocks>(r_p, softmax_scale, s.bias_of_lane(warp_row));
       }

@@ -48,7 +48,7 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     }
   };
   static_assert(sizeof(ScoreTile) % 1024 == 0);
-  static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
+  static_assert(sizeof(SharedMemory) == Base::kConfig.sm90_bwd_smem_bytes(2, 4));
 };
 
 }  // namespace fa::sm90

@@ -6,12 +6,14 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/dbias_tiles.h"
 #include "common/key_tiles.h"
 #include "common/math.h"
 #include "dispatch/registry.h"
 #include "sm90/bwd_general_kernel.cuh"
 #include "sm90/bwd_kernel.cuh"
 #include "sm90/bwd_wide_kernel.cuh"
+#include "sm90/dbias_kernel.cuh"
 #include "sm90/fwd_general_kernel.cuh"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/tensor_map.h"
@@ -180,6 +182,19 @@ BwdTensorMaps make_narrow_maps(const BwdParams& params) {
           .dv = maps.of_keys(params.dv, shape.head_dim_v, device::kWarpgroupRows)};
 }
 
+// Waits for the kernel before it as the main one does, which then waits for this one.
+template <typename Traits>
+void launch_bias_gradient(const BwdParams& params, const GeneralBwdTensorMaps& maps, void* stream) {
+  const Shape& shape = params.shape;
+  const DbiasTiles tiles = DbiasTiles::of(shape, params.dbias, Traits::kQueries, Traits::kTileN,
+                                          support::multiprocessors());
+  const Schedule schedule = make_schedule(params, "attn_bias", tiles.schedule(shape, params.dbias),
+                                          tiles.strip * Traits::kQueries, false, stream);
+  support::launch_persistent<flash_dbias_sm90<Traits>, support::Begin::kBesidePrevious>(
+      "flash_dbias_sm90", schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), stream, params, maps, tiles, schedule);
+}
+
 // The main kernel of the narrow rows, plain and general, and that of the wide ones.
 template <int kRow>
 void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
@@ -194,14 +209,16 @@ template <int kRow>
 void launch_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
                       void* stream) {
   using Traits = GeneralBwdTraits<kRow>;
+  const GeneralBwdTensorMaps maps = {
+      make_narrow_maps<Traits>(params),
+      make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
+      tma_takes(params.rules, Traits::kConfig.dtype)};
+  if (params.dbias.data != nullptr) {
+    launch_bias_gradient<DbiasTraits<kRow>>(params, maps, stream);
+  }
   support::launch_persistent<flash_bwd_general_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params,
-      GeneralBwdTensorMaps{
-          make_narrow_maps<Traits>(params),
-          make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
-          tma_takes(params.rules, Traits::kConfig.dtype)},
-      schedule);
+      sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
 }
 template <int kRow>
 void launch_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
@@ -227,8 +244,10 @@ KernelResources gradients_resources(BwdTraits<kRow>*) {
 template <int kRow>
 KernelResources gradients_resources(GeneralBwdTraits<kRow>*) {
   using Traits = GeneralBwdTraits<kRow>;
-  return support::resources_of(flash_bwd_general_sm90<Traits>,
-                               sizeof(typename Traits::SharedMemory));
+  using Dbias = DbiasTraits<kRow>;
+  return support::larger(
+      support::resources_of(flash_bwd_general_sm90<Traits>, sizeof(typename Traits::SharedMemory)),
+      support::resources_of(flash_dbias_sm90<Dbias>, sizeof(typename Dbias::SharedMemory)));
 }
 template <int kRow>
 KernelResources gradients_resources(WideBwdTraits<kRow>*) {

@@ -37,12 +37,13 @@ FA_DEVICE void add_bias(Scores& r_scores, float scale,
   });
 }
 
-// The same of transposed scores: columns of the tile from `col` on, all rows of it.
+// The same of transposed scores: columns of the tile from `col` on, rows of it from `row` on.
 template <typename Scores, typename Element, int kRows, int kCols>
 FA_DEVICE void add_transposed_bias(Scores& r_scores, float scale,
-                                   const device::SmemTile<Element, kRows, kCols>& s_bias, int col) {
+                                   const device::SmemTile<Element, kRows, kCols>& s_bias, int row,
+                                   int col) {
   using Tile = device::SmemTile<Element, kRows, kCols>;
-  const auto s_lane = device::LanePointer<Tile>::right_first(s_bias, 0, col);
+  const auto s_lane = device::LanePointer<Tile>::right_first(s_bias, row, col);
   add_bias_blocks<Element>(r_scores, scale, [&](uint32_t (&r_bias)[4], int block) {
     s_lane.load_transposed(r_bias, block * device::kBlockCols, 0);
   });
@@ -61,24 +62,24 @@ struct BiasPart {
   int end_key;
 
   // Each lane's own elements as floats, in the order of its registers, each a warp's width from the
-  // next.
-  template <typename Scores>
+  // next. kAtOnce: how many are on their way together.
+  template <typename Scores, int kAtOnce = 2>
   FA_DEVICE void load_of_lane(float* s_lane) const {
     if (rules.bias_dtype == Dtype::kFloat32) {
-      load_elements_of_lane<Scores, float>(s_lane);
+      load_elements_of_lane<Scores, kAtOnce, float>(s_lane);
     } else if (rules.bias_dtype == Dtype::kBFloat16) {
-      load_elements_of_lane<Scores, __nv_bfloat16>(s_lane);
+      load_elements_of_lane<Scores, kAtOnce, __nv_bfloat16>(s_lane);
     } else {
-      load_elements_of_lane<Scores, __half>(s_lane);
+      load_elements_of_lane<Scores, kAtOnce, __half>(s_lane);
     }
   }
 
  private:
-  template <typename Scores, typename Element>
+  template <typename Scores, int kAtOnce, typename Element>
   FA_DEVICE void load_elements_of_lane(float* s_lane) const {
     const ScoreTensor& bias = rules.bias;
     const Element* g_head = bias.of_head<const Element>(batch, head);
-#pragma unroll 2
+#pragma unroll kAtOnce
     for (int i = 0; i < 4 * Scores::kColBlocks; ++i) {
       const int row = Scores::row(i / 2 % 2);
       const int col = Scores::col(i / 4, i);

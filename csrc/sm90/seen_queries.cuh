@@ -17,17 +17,18 @@ struct ScoreOrigin {
 };
 
 // Of a warp's 16 keys. A lane has a word for each of its two keys, and in it a bit for each of its
-// queries, the pairs of a block of 8 at equal distances.
-template <typename Scores>
+// queries, the pairs of a block of 8 at equal distances. kQueries: of the tile that the queries are
+// some of, or all.
+template <typename Scores, int kQueries = Scores::kCols>
 class SeenQueries {
  public:
-  static constexpr int kWords = Scores::kCols / PairBits::kBitsOfWord;  // of a key
+  static constexpr int kWords = kQueries / PairBits::kBitsOfWord;  // of a key
 
   // Of all rules. Queries and keys past the end are not seen, and the last one's memory is read in
   // their place. words: of the warp's first key, what stands for the mask that PairBits::is_of(),
-  // or null.
+  // or null; the queries begin at first_of_tile of those that the words tell of.
   FA_DEVICE void find(const ScoreRules& rules, const PrefixWindow& window,
-                      const ScoreOrigin& origin, const uint32_t* words) {
+                      const ScoreOrigin& origin, const uint32_t* words, int first_of_tile = 0) {
     const int end_query = window.window().seqlen_q();
     const int end_key = window.window().seqlen_k();
     const auto query_at = [&](int block, int i) {
@@ -41,7 +42,7 @@ class SeenQueries {
       keys[row] = min(key, end_key - 1);
     }
     if (words != nullptr) {
-      keep_bits(words);
+      keep_bits(words, first_of_tile);
     }
     if (rules.document_ids != nullptr) {
       const int32_t* g_ids = rules.document_ids + origin.batch * rules.document_stride;
@@ -90,9 +91,9 @@ class SeenQueries {
   }
 
  private:
-  static constexpr int kBitsOfBlock = 32 / Scores::kColBlocks;
+  static constexpr int kBitsOfBlock = 32 * device::kBlockCols / kQueries;
   static constexpr int kLargestTileLog2 = 7;  // of 128 queries or keys
-  static_assert(Scores::kRowsPerThread == 2 && kBitsOfBlock >= 2 && Scores::kCols <= 128);
+  static_assert(Scores::kRowsPerThread == 2 && kBitsOfBlock >= 2 && Scores::kCols <= kQueries);
 
   FA_DEVICE void keep_in_window(int row, const PrefixWindow& window, int key, int first_query) {
     const WindowMask& band = window.window();
@@ -105,15 +106,16 @@ class SeenQueries {
   }
 
   // A lane's two queries of a block have a bit each of two words, at the same place.
-  FA_DEVICE void keep_bits(const uint32_t* words) {
+  FA_DEVICE void keep_bits(const uint32_t* words, int first_of_tile) {
     constexpr uint32_t kFirstOfEach = ~0u / ((1u << kBitsOfBlock) - 1);
     const int col = Scores::col(0, 0);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const uint2 pair =
           *reinterpret_cast<const uint2*>(words + Scores::row(row) * kWords + col % kWords);
-      const uint32_t first = pair.x >> (col / kWords) & kFirstOfEach;
-      const uint32_t second = pair.y >> (col / kWords) & kFirstOfEach;
+      const int shift = (first_of_tile + col) / kWords;
+      const uint32_t first = pair.x >> shift & kFirstOfEach;
+      const uint32_t second = pair.y >> shift & kFirstOfEach;
       seen_[row] &= first | second << 1;
     }
   }

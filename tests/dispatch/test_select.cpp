@@ -19,7 +19,6 @@ constexpr Problem kProblem = {.pass = Pass::kForward,
                               .head_dim = 64,
                               .full_mask = true,
                               .general_scores = false,
-                              .bias_gradient = false,
                               .on_cuda = true,
                               .device = {80, kSmemOptIn}};
 
@@ -80,40 +79,11 @@ void check_scores() {
   }
 }
 
-// The gradient of a bias keeps a problem from Hopper's general rows of backward, from no others,
-// and some other row of CUDA has it.
-void check_bias_gradient() {
-  for (int row = 0; row < kNumRows; ++row) {
-    const KernelConfig& config = table::kRows[row];
-    Problem general = {.pass = config.pass,
-                       .dtype = config.dtype,
-                       .head_dim = config.head_dim,
-                       .full_mask = true,
-                       .general_scores = true,
-                       .bias_gradient = false,
-                       .on_cuda = config.family != Family::kCpu,
-                       .device = {90, int64_t{227} * 1024}};
-    Problem with_gradient = general;
-    with_gradient.bias_gradient = true;
-    const Verdict verdict = judge(row, general);
-    const bool lacks = config.lacks_bias_gradient() &&
-                       (verdict == Verdict::kRuns || verdict > Verdict::kBiasGradient);
-    FA_EXPECT(judge(row, with_gradient) == (lacks ? Verdict::kBiasGradient : verdict),
-              config.name());
-    FA_EXPECT_EQ(describe(Verdict::kBiasGradient, row, with_gradient),
-                 "for biases whose gradient nobody asks for");
-    FA_EXPECT(!config.lacks_bias_gradient() ||
-                  (config.family == Family::kSm90 && config.pass == Pass::kBackward),
-              config.name());
-  }
-}
-
 }  // namespace
 
 int main() {
   check_shared_memory();
   check_left_out();
   check_scores();
-  check_bias_gradient();
   return fa::test::report("dispatch/test_select");
 }

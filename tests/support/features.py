@@ -18,14 +18,11 @@ class Feature:
     name: str
     asked_for_by: str  # arguments in backquotes, as the README shows them
     is_in: Callable[[Case], bool]
-    is_bias_gradient: bool = False  # which has a kernel of its own
 
     def runs(self, row: dict[str, Any]) -> bool:
         """Whether this row of the kernel table does it."""
         arguments = set(re.findall(r"`(\w+)`", self.asked_for_by))
         if "window_size" in arguments and row["mask"] != "window":
-            return False
-        if self.is_bias_gradient and not row["bias_gradient"]:
             return False
         return row["score"] == "general" or not arguments & set(RULES)
 
@@ -48,12 +45,8 @@ FEATURES = (
         "`seqlens_q`, `seqlens_k`; packed: `seqused_q`, `seqused_k`",
         lambda case: case.lengths != "",
     ),
-    Feature("bias", "`attn_bias`", lambda case: case.bias is not None),
     Feature(
-        "gradient of a bias",
-        "`attn_bias` that requires it",
-        lambda case: case.bias is not None and case.bias_grad,
-        is_bias_gradient=True,
+        "bias with a gradient", "`attn_bias`", lambda case: case.bias is not None and case.bias_grad
     ),
     Feature("mask", "`attn_mask`", lambda case: case.mask is not None),
     Feature("block mask", "`block_mask`", lambda case: case.block_mask is not None),
