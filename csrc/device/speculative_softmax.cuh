@@ -53,12 +53,11 @@ class SpeculativeSoftmax {
       }
     }
     RowValues rescale;
-    next(r_scores, r_p, rescale);
+    next(r_scores, r_p, rescale, [] {});
   }
 
   // A further tile, by whole warps. True if m was raised: what was summed from earlier tiles must
-  // then be multiplied by `rescale`. between(): before p is computed once more, which takes
-  // registers.
+  // then be multiplied by `rescale`. between(): before p is computed again, which takes registers.
   template <typename Scores, typename Probabilities, typename Between>
   FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale,
                       Between&& between) {
@@ -72,10 +71,6 @@ class SpeculativeSoftmax {
     }
     add(sums);
     return raises;
-  }
-  template <typename Scores, typename Probabilities>
-  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale) {
-    return next(r_scores, r_p, rescale, [] {});
   }
 
   // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.
