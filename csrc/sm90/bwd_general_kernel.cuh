@@ -235,6 +235,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       late = tile.index;
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_dk.r[0]);
+      __syncwarp();  // all lanes have read what is told of the tile
       at.release(s.q_ring);
       at.advance();
     }

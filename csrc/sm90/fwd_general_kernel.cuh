@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup) {
       s.q_ring[warpgroup].init(1);
       s.bias_ring[warpgroup].init(Traits::kWarpgroupWarps);
-      s.seen_ring[warpgroup].init(Traits::kWarpgroupWarps);
+      s.seen_ring[warpgroup].init(Traits::kWarpgroupWarps, ptx::kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }

@@ -200,10 +200,7 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
       if (tile >= 0) {
         at.wait_empty(s.seen_ring[warpgroup]);
         seen.store(s.seen[warpgroup]);
-        __syncwarp();
-        if (ptx::lane_index() == 0) {
-          at.fill(s.seen_ring[warpgroup]);
-        }
+        at.fill(s.seen_ring[warpgroup]);
         at.advance();
       }
       if (tiles.done()) {
