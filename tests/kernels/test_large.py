@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Sizes that 32 bits do not count: elements of a tensor, and heads of a batch.
+"""Sizes that 32 bits do not count: elements of a tensor, pairs of a bias, and heads of a batch.
 
 The reference cannot hold such a problem, so all but a few queries, or all but a few keys, are made
 to have no influence at all: a query by a gradient of 0, a key by a score that the softmax turns
@@ -99,6 +99,32 @@ def test_keys_past_two_to_the_31_elements(head_dim: int, deterministic: bool) ->
     for name in ("dk", "dv"):
         results[name][:, rows] = 0
         assert not results[name].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_pairs_past_two_to_the_31(head_dim: int) -> None:
+    length = 12_000
+    rows = torch.tensor([0, 1, length // 2, length - 2, length - 1], device="cuda")
+    q, k, v = (_normal(1, length, HEADS, head_dim).requires_grad_() for _ in range(3))
+    bias = _normal(1, HEADS, length, length).requires_grad_()
+    mask = torch.empty(bias.shape, dtype=torch.bool, device="cuda").bernoulli_(0.7)
+    assert bias.numel() > 2**31
+    dout = torch.zeros_like(q)
+    dout[:, rows] = _normal(1, len(rows), HEADS, head_dim)
+    out, lse = flash_attn_func(q, k, v, attn_bias=bias, attn_mask=mask, return_lse=True)
+    dq, dk, dv, dbias = torch.autograd.grad(out, (q, k, v, bias), dout)
+    expected = expected_with_bounds(
+        *(x.detach() for x in (q[:, rows], k, v, dout[:, rows])),
+        attn_bias=bias[:, :, rows],
+        attn_mask=mask[:, :, rows],
+    )
+    few = {"out": out[:, rows], "lse": lse[..., rows], "dq": dq[:, rows], "dk": dk, "dv": dv}
+    for name, result in (few | {"dbias": dbias[:, :, rows]}).items():
+        assert_within_bound(name, result, expected.values[name], expected.bounds[name])
+    dq[:, rows] = 0
+    dbias[:, :, rows] = 0
+    assert not dq.any()
+    assert not dbias.any()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
