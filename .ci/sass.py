@@ -77,8 +77,11 @@ def parse(text: str) -> Iterator[tuple[str, Code]]:
         yield name, Code(opcodes, loops)
 
 
-def faults(code: Code, budget: int | None, multiplies: bool = True) -> Iterator[str]:
-    """Of a kernel that multiplies, or of a small one that does not and has no main loop."""
+def faults(
+    code: Code, budget: int | None, multiplies: bool = True, overlaps: bool = True
+) -> Iterator[str]:
+    """Of a kernel that multiplies, or of a small one that does not and has no main loop; overlaps:
+    whether its exponentials are to run under its own last product."""
     for opcode in FORBIDDEN:
         if count := code.opcodes.count(opcode):
             yield f"{count} {opcode} in its machine code"
@@ -93,5 +96,5 @@ def faults(code: Code, budget: int | None, multiplies: bool = True) -> Iterator[
     elif not 0 < len(loop) <= budget:
         yield f"its main loop has {len(loop)} instructions, and a budget of {budget}"
     late = list(itertools.takewhile(lambda opcode: opcode != WAIT, reversed(loop)))
-    if loop.count(WAIT) > 1 and late.count("MUFU") > 0:
+    if overlaps and loop.count(WAIT) > 1 and late.count("MUFU") > 0:
         yield f"{late.count('MUFU')} of its {loop.count('MUFU')} exponentials follow the products"

@@ -84,8 +84,8 @@ std::optional<Tensor> add_tile_map(Params& params, const Argument& q, const Kern
   return memory;
 }
 
-// The bits of a mask that has a byte for each pair, if the row reads them: at most an eighth of
-// what the caller's mask takes, but for whole tiles. Memory that the returned tensor owns.
+// The bits of a mask that has a byte for each pair, if the row reads them: one for each pair of
+// whole tiles. Memory that the returned tensor owns.
 template <typename Params>
 std::optional<Tensor> add_pair_bits(Params& params, const Argument& q, const KernelConfig& config) {
   if (!config.reads_pair_bits()) {

@@ -45,7 +45,7 @@ struct PairBits {
   int query_tiles = 0;
   int key_tiles = 0;
   int tile_words = 0;
-  int64_t count = 0;  // of words: an eighth of the mask's bytes, but for whole tiles
+  int64_t count = 0;  // of words: a bit for each pair of whole tiles
 
   // Which mask it is: no other may have a byte for each pair.
   static FA_HOST_DEVICE constexpr bool is_of(const KeepMask& mask) {

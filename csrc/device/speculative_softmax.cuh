@@ -53,17 +53,15 @@ class SpeculativeSoftmax {
       }
     }
     RowValues rescale;
-    next(r_scores, r_p, rescale, [] {});
+    next(r_scores, r_p, rescale);
   }
 
   // A further tile, by whole warps. True if m was raised: what was summed from earlier tiles must
-  // then be multiplied by `rescale`. between(): before p is computed again, which takes registers.
-  template <typename Scores, typename Probabilities, typename Between>
-  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale,
-                      Between&& between) {
+  // then be multiplied by `rescale`.
+  template <typename Scores, typename Probabilities>
+  FA_DEVICE bool next(const Scores& r_scores, Probabilities& r_p, RowValues& rescale) {
     RowValues sums;
     exponentiate(r_scores, r_p, sums);
-    between();
     const bool raises = __any_sync(~0u, is_above(sums));
     if (raises) {
       raise(r_scores, sums, rescale);

@@ -144,6 +144,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
       if (is_last) {
+        __syncwarp();  // all lanes have read what is told of the tile
         at.release(s.q_ring);
       }
       if (maps.loads_bias) {

@@ -205,14 +205,22 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
       apply_rules(r_scores, key_tile, r_seen);
-      typename Traits::Probabilities r_next;
-      const bool raised = softmax.next(r_scores, r_next, rescale, [&] {
+      const auto finish_product = [&] {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(r_out.r[0]);
         v_at.release(s.v_ring);
         v_at.advance();
-      });
-      r_p.copy(r_next);
+      };
+      bool raised;
+      if constexpr (Traits::kOverlapsSoftmax) {
+        typename Traits::Probabilities r_next;
+        raised = softmax.next(r_scores, r_next, rescale);
+        finish_product();
+        r_p.copy(r_next);
+      } else {
+        finish_product();
+        raised = softmax.next(r_scores, r_p, rescale);
+      }
       if (raised) {
         r_out.scale_rows(rescale);
       }

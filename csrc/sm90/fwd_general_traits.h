@@ -45,6 +45,10 @@ struct GeneralFwdTraits {
   static constexpr int kProducerRegisters = kHeadDim > 128 ? 56 : 72;
   static constexpr int kMathRegisters = kHeadDim > 128 ? 224 : 216;
 
+  // Whether there are registers for a second p while the product of the first one runs; else the
+  // rules alone are applied under it.
+  static constexpr bool kOverlapsSoftmax = kHeadDim != 128;
+
   static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
   using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
 

@@ -216,7 +216,7 @@ FA_DEVICE void attend(const FwdParams& params, const FwdTensorMaps& maps,
       if constexpr (decltype(masked)::value) {
         device::keep_visible_of_warp(r_scores, s_work.window, warp_query, j * kTileN, -INFINITY);
       }
-      const bool raised = softmax.next(r_scores, r_next, rescale, [] {});
+      const bool raised = softmax.next(r_scores, r_next, rescale);
       if constexpr (Traits::kOverlapsSoftmax) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(r_out.r[0]);

@@ -85,7 +85,7 @@ __global__ void softmax_kernel(const float* g_scores, Element* g_p, float* g_res
     if (tile == 0) {
       softmax.begin(r_scores, r_p);
     } else {
-      raised = softmax.next(r_scores, r_p, rescale, [] {});
+      raised = softmax.next(r_scores, r_p, rescale);
     }
     if (ptx::lane_index() == 0) {
       g_raised[tile] = raised;

@@ -74,8 +74,10 @@ def test_faults(sass: ModuleType) -> None:
 def test_exponentials_run_under_products(sass: ModuleType, follows: bool) -> None:
     under, late = ["MUFU", sass.WAIT], [sass.WAIT, "MUFU"]
     opcodes = ["UTMALDG", "HGMMA", sass.WAIT, *(late if follows else under), "BRA"]
-    found = list(sass.faults(sass.Code(opcodes, [range(1, 6)]), 5))
+    code = sass.Code(opcodes, [range(1, 6)])
+    found = list(sass.faults(code, 5))
     assert found == (["1 of its 1 exponentials follow the products"] if follows else [])
+    assert not list(sass.faults(code, 5, overlaps=False))
 
 
 def test_exponentials_may_follow_both_products(sass: ModuleType) -> None:
