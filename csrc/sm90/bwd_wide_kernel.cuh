@@ -143,6 +143,7 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
       at.wait_empty(s.p_ring);
       device::store_transposed(r_p_elements, s.p[at.stage()], warp_row);
       fill_for_wgmma(s.p_ring, at);
+      // delta may be on its way: warpgroup 3 releases this stage too, after ds, which needs it.
       at.release(s.q_ring);
 
       ptx::wgmma_wait<0>();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A warp tells the class of a pair of tiles, one of queries and one of keys: first by what can be
 // told without reading the masks, then by their bytes, of which it reads those that differ, or
-// bits.
+// bits. Where one byte of each mask stands for all pairs, a thread does.
 #include "support/tile_map.h"
 
 #include <cstdint>
