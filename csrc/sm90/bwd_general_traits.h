@@ -15,6 +15,8 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
   static constexpr int kKeyStages = 1;  // for there is a bias too
+  // A tile lies in one block of a block mask.
+  static_assert(128 % Base::kTileM == 0 && 128 % Base::kTileN == 0);
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {

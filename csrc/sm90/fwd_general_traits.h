@@ -41,6 +41,7 @@ struct GeneralFwdTraits {
   static constexpr int kMathWarps = kWarpgroupWarps * kMathWarpgroups;
   static_assert(kThreads == (1 + kMathWarpgroups) * device::kWarpgroupThreads);
   static_assert(kTileM == kMathWarpgroups * device::kWarpgroupRows);
+  static_assert(128 % kTileM == 0 && 128 % kTileN == 0);  // a tile lies in one block of a mask
   // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
   static constexpr int kProducerRegisters = kHeadDim > 128 ? 56 : 72;
   static constexpr int kMathRegisters = kHeadDim > 128 ? 224 : 216;
