@@ -65,8 +65,9 @@ void check_all_are_taken(int seqlen_q, int seqlen_k, const Bias& bias) {
     std::vector<int> taken(static_cast<size_t>(tiles.query_tiles) * tiles.key_tiles);
     for (int item = 0; item < schedule.tiles; ++item) {
       const Range queries = tiles.queries(item);
-      FA_EXPECT(!queries.empty() && queries.size() <= tiles.strip, "item", item);
-      for (int tile = queries.begin; tile < queries.end; ++tile) {
+      const bool fits = queries.begin >= 0 && queries.end <= tiles.query_tiles;
+      FA_EXPECT(fits && !queries.empty() && queries.size() <= tiles.strip, "item", item);
+      for (int tile = queries.begin; fits && tile < queries.end; ++tile) {
         ++taken[static_cast<size_t>(tiles.key_tile(item)) * tiles.query_tiles + tile];
       }
     }
@@ -112,6 +113,7 @@ int main() {
     const Bias bias = {(sizes & 1) != 0, (sizes & 2) != 0, (sizes & 4) != 0, (sizes & 8) != 0};
     check_all_are_taken(300, 1000, bias);
     check_all_are_taken(4096, 1, bias);
+    check_all_are_taken(1500, 2000, bias);  // 12 tiles, 8 of them in a strip
     check_all_are_taken(1, 129, bias);
   }
   check_strips();
