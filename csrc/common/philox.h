@@ -58,7 +58,8 @@ struct Dropout {
             threshold == 0 ? 0.0f : static_cast<float>(static_cast<double>(kAll) / threshold)};
   }
 
-  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr; }
+  // Whether anything may be dropped.
+  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr && threshold != kAll; }
 };
 
 // 16 bits for each of a patch's pairs.
@@ -98,6 +99,8 @@ class DropoutOfHead {
                                     static_cast<uint32_t>(key / 32 * 8 + key % 8), head_, offset_},
                                    key_)};
   }
+
+  FA_HOST_DEVICE constexpr uint32_t threshold() const { return threshold_; }
 
   FA_HOST_DEVICE constexpr bool keeps(const DropoutPatch& patch, int half) const {
     return patch.value(half) < threshold_;

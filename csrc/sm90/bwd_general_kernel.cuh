@@ -31,7 +31,9 @@
 #include "sm90/bwd_dq.cuh"
 #include "sm90/bwd_general_load.cuh"
 #include "sm90/column_values.cuh"
+#include "sm90/kept_pairs.cuh"
 #include "sm90/score_bias.cuh"
+#include "sm90/score_terms.cuh"
 #include "sm90/seen_queries.cuh"
 #include "sm90/store.cuh"
 #include "sm90/turns.cuh"
@@ -51,6 +53,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kMathThreads = Traits::kMathThreads;
   constexpr int kMathBarrier = 1;
+  constexpr bool kEarly = Traits::kHasTerms;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   constexpr int kFirstTurn = 2 + Traits::kMathWarpgroups;  // the barriers after those
@@ -59,7 +62,12 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   const ScoreRules& rules = params.rules;
   const bool has_bias = rules.bias.data != nullptr;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
-  const float scale_log2 = has_bias ? kLog2E : softmax_scale * kLog2E;  // what is left to do
+  const ScoreTerms& terms = rules.terms;
+  const bool has_alibi = terms.alibi.data != nullptr;
+  const bool caps = kEarly && terms.softcap != 0;
+  const bool drops = kEarly && terms.dropout.any();
+  const bool scales_scores = has_bias || has_alibi || caps;
+  const float scale_log2 = scales_scores ? kLog2E : softmax_scale * kLog2E;  // what is left to do
   const bool is_deterministic = params.workspace.turns != nullptr;
   const Turns<Traits::kMathWarpgroups, kFirstTurn> turns(warpgroup);
   device::RingPosition<kWorkStages> work_at;  // and, with fewer stages, of keys
@@ -130,11 +138,16 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       // products.
       const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
+      const int first_query = tile.tile() * kTileM;
+      KeptQueries<Scores> kept;
+      if (kEarly && drops) {
+        kept.find(DropoutOfHead(terms.dropout, s_work.tile.batch, tile.head, params.shape.num_heads),
+                  first_query, first_key + warp_row);
+      }
       Scores r_p;
       ptx::wgmma_fence();
       device::issue_abt<kHeadDim>(r_p, s_k, key_row, s_q);
       ptx::wgmma_commit();
-      const int first_query = tile.tile() * kTileM;
       SeenQueries<Scores> seen;
       if (tile.is_mixed()) {
         const PairBits& bits = params.pair_bits;
@@ -162,12 +175,34 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
       ptx::wgmma_commit();
 
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_pin(r_p.r[0]);
+      float scale = softmax_scale;
+      if constexpr (kEarly) {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_p.r[0]);
+        ptx::wgmma_pin(r_ds.r[0]);
+        if (drops) {
+          kept.keep(r_ds, terms.dropout.scale);
+        }
+        ColumnValues<Scores> delta;
+        delta.load(s_statistics.delta);
+        r_ds.transform([&](float dp, int, int block, int i) { return dp - delta.of(block, i); });
+        if (caps) {
+          cap_scores(r_p, r_ds, {static_cast<float>(terms.softcap), softmax_scale});
+          scale = 1.0f;
+        }
+      } else {
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(r_p.r[0]);
+      }
+      if (has_alibi) {
+        add_alibi<true>(r_p, scale, terms.alibi.at<const float>(s_work.tile.batch, tile.head),
+                        first_query + s_work.window.offset() - first_key - warp_row);
+        scale = 1.0f;
+      }
       if (maps.loads_bias) {
-        add_transposed_bias(r_p, softmax_scale, s.bias[at.stage()], 0, warp_row);
+        add_transposed_bias(r_p, scale, s.bias[at.stage()], 0, warp_row);
       } else if (has_bias) {
-        add_bias_of_lane<Scores::kColBlocks>(r_p, softmax_scale, s.bias_of_lane(warp_row));
+        add_bias_of_lane<Scores::kColBlocks>(r_p, scale, s.bias_of_lane(warp_row));
       }
       ColumnValues<Scores> lse_log2;
       if (Traits::kLoadsStatisticsAhead) {
@@ -183,20 +218,29 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       if (tile.is_mixed()) {
         seen.keep(r_p);
       }
+      if constexpr (kEarly) {
+        r_ds.transform([&](float difference, int, int block, int i) {
+          return r_p.r[0][block][i] * difference;
+        });
+        if (drops) {
+          kept.keep(r_p, 1.0f);
+        }
+      }
       const auto r_p_elements = device::to_operand<Element>(r_p);
-
-      ColumnValues<Scores> delta;
-      if (Traits::kLoadsStatisticsAhead) {
-        delta.load(s_statistics.delta);
+      if constexpr (!kEarly) {
+        ColumnValues<Scores> delta;
+        if (Traits::kLoadsStatisticsAhead) {
+          delta.load(s_statistics.delta);
+        }
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_ds.r[0]);
+        if (!Traits::kLoadsStatisticsAhead) {
+          delta.load(s_statistics.delta);
+        }
+        r_ds.transform([&](float dp, int, int block, int i) {
+          return r_p.r[0][block][i] * (dp - delta.of(block, i));
+        });
       }
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_ds.r[0]);
-      if (!Traits::kLoadsStatisticsAhead) {
-        delta.load(s_statistics.delta);
-      }
-      r_ds.transform([&](float dp, int, int block, int i) {
-        return r_p.r[0][block][i] * (dp - delta.of(block, i));
-      });
       if (tile.is_mixed()) {  // dp of a hidden pair may be infinite
         seen.keep(r_ds);
       }
@@ -248,6 +292,9 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     };
     // Not kept in a register through the loop.
     const auto warpgroup_barrier = static_cast<int>(2 + ptx::opaque(warpgroup));
+    if (drops) {
+      r_dv.scale(terms.dropout.scale);
+    }
     // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,

@@ -21,7 +21,9 @@
 #include "device/speculative_softmax.cuh"
 #include "ptx/barrier.cuh"
 #include "sm90/fwd_general_load.cuh"
+#include "sm90/kept_pairs.cuh"
 #include "sm90/score_bias.cuh"
+#include "sm90/score_terms.cuh"
 #include "sm90/shared_rows.cuh"
 #include "sm90/store.cuh"
 #include "sm90/turns.cuh"
@@ -44,11 +46,14 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
   const int row_of_warp = ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
   const ScoreRules& rules = params.rules;
 
-  // exp2 wants a positive scale. Where it is not, or a bias is added, the scores themselves are
-  // scaled.
+  // exp2 wants a positive scale. Where it is not, or more becomes of a score, the scores themselves
+  // are scaled.
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const bool has_bias = rules.bias.data != nullptr;
-  const bool scales_scores = has_bias || softmax_scale < FLT_MIN;
+  const ScoreTerms& terms = rules.terms;
+  const bool caps = terms.softcap != 0;
+  const bool has_alibi = terms.alibi.data != nullptr;
+  const bool scales_scores = has_bias || caps || has_alibi || softmax_scale < FLT_MIN;
   // As in the plain kernel.
   const bool tail_is_foreign = params.keys.cu_seqlens != nullptr || params.keys.seqused != nullptr;
 
@@ -112,24 +117,55 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     // Turns the products of a tile into scores.
     const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile,
                                  typename Seen::OfThread& r_seen) {
+      float scale = softmax_scale;  // what is left to do
+      if (caps) {
+        cap_scores(r_scores, {static_cast<float>(terms.softcap), softmax_scale});
+        scale = 1.0f;
+      }
+      if (has_alibi) {
+        const WindowMask& window = s_work.window;
+        add_alibi<false>(
+            r_scores, scale,
+            terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head),
+            warp_query + window.offset() - key_tile.tile() * kTileN);
+        scale = 1.0f;
+      }
       if (maps.loads_bias) {
         bias_at.wait(s.bias_ring[warpgroup]);
-        add_bias(r_scores, softmax_scale, s.bias[warpgroup], row_of_warp);
+        add_bias(r_scores, scale, s.bias[warpgroup], row_of_warp);
         ptx::fence_async_proxy();  // TMA, which writes there next, overtakes loads under way
         __syncwarp();
         bias_at.release(s.bias_ring[warpgroup]);
         bias_at.advance();
       } else if (has_bias) {
-        add_bias(r_scores, softmax_scale,
+        add_bias(r_scores, scale,
                  Traits::SharedMemory::floats_in(s.bias[warpgroup], row_of_warp),
                  {rules, s_work.tile.batch, s_work.tile.head, warp_query, s_work.queries.length,
                   key_tile.tile() * kTileN, s_work.keys.length});
-      } else if (scales_scores) {
-        r_scores.scale(softmax_scale);
+      } else if (scales_scores && scale != 1.0f) {
+        r_scores.scale(scale);
       }
       load_seen(r_seen, key_tile, false);
       if (key_tile.is_mixed()) {
         Seen::keep_seen(r_scores, r_seen);
+      }
+    };
+    const auto drop_some = [&](typename Traits::Probabilities& r_some, const KeyTile& key_tile) {
+      if (terms.dropout.any()) {
+        drop(r_some,
+             DropoutOfHead(terms.dropout, s_work.tile.batch, s_work.tile.head,
+                           params.shape.num_heads),
+             warp_query, key_tile.tile() * kTileN);
+      }
+    };
+    // Of all tiles.
+    const auto finalize = [&](const auto& softmax_of_all, typename Out::RowValues& lse,
+                              typename Out::RowValues& normalizer) {
+      if (terms.sinks.data != nullptr) {
+        softmax_of_all.finalize_with(terms.sinks.at<const float>(0, s_work.tile.head), lse,
+                                     normalizer);
+      } else {
+        softmax_of_all.finalize(lse, normalizer);
       }
     };
     // When the softmax has used it, so that what comes next overtakes no load.
@@ -160,7 +196,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
         }
         q_at.advance();
       }
-      softmax.finalize(lse, normalizer);
+      finalize(softmax, lse, normalizer);
       store_lse(lse);
       store_units(out_rows(), [](int, int) { return uint4{0, 0, 0, 0}; });
       continue;
@@ -181,6 +217,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       release_key_tile();
       apply_rules(r_scores, key_tile, r_seen);
       softmax.begin(r_scores, r_p);
+      drop_some(r_p, key_tile);
       release_seen(key_tile);
     }
     Out r_out;  // not yet normalized
@@ -215,11 +252,13 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       if constexpr (Traits::kOverlapsSoftmax) {
         typename Traits::Probabilities r_next;
         raised = softmax.next(r_scores, r_next, rescale);
+        drop_some(r_next, key_tile);
         finish_product();
         r_p.copy(r_next);
       } else {
         finish_product();
         raised = softmax.next(r_scores, r_p, rescale);
+        drop_some(r_p, key_tile);
       }
       if (raised) {
         r_out.scale_rows(rescale);
@@ -235,13 +274,16 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     ptx::wgmma_fence();
     device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
     ptx::wgmma_commit();
-    softmax.finalize(lse, normalizer);
+    finalize(softmax, lse, normalizer);
     store_lse(lse);
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(r_out.r[0]);
     v_at.release(s.v_ring);
     v_at.advance();
 
+    if (terms.dropout.any()) {
+      r_out.scale(terms.dropout.scale);
+    }
     r_out.scale_rows(normalizer);
     const auto r_elements = device::to_operand<Element>(r_out);
     const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row,
