@@ -142,7 +142,7 @@ def flash_attn_func(
         masks = (attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens)
         tensors = (None, None, seqlens_q, seqlens_k, attn_bias, *masks)
         output = _ops.general_attention(q, k, v, tensors, softmax_scale, left, right, deterministic)
-        output = output if return_lse else output[0]
+        output = output[:2] if return_lse else output[0]
     return (*output, q.new_empty(0)) if return_attn_probs else output
 
 

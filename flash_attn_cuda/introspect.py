@@ -117,6 +117,7 @@ def explain(
             window_left=window_left,
             window_right=window_right,
             general_scores=any(tensor is not None for tensor in rules.values()),
+            score_terms=False,
             on_cuda=on_cuda,
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,

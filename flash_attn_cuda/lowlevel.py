@@ -61,7 +61,7 @@ def forward(
     left, right = window_of(causal, window_size)
     q, k, v = _with_batch((q, k, v), packed)
     with torch.no_grad():
-        out, softmax_lse = _ops.general_attention(
+        out, softmax_lse, _ = _ops.general_attention(
             q, k, v, tensors, softmax_scale, left, right, False
         )
     return (out.squeeze(0), softmax_lse.squeeze(0)) if packed else (out, softmax_lse)
@@ -109,12 +109,13 @@ def backward(
     statistics = _with_batch(statistics, packed)
     dout, q, k, v, out = _with_batch((dout, q, k, v, out), packed)
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv, dbias = _ops.general_backward(
+    dq, dk, dv, dbias, _, _ = _ops.general_backward(
         dout,
         None if dlse is None else statistics[1],
         *(q, k, v, out, statistics[0]),
         *tensors,
-        *(softmax_scale, left, right, deterministic, needs_dbias),
+        *_ops.NO_TERMS.inputs,
+        *(softmax_scale, left, right, deterministic, needs_dbias, False, False),
     )
     if packed:
         dq, dk, dv = dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)

@@ -112,7 +112,7 @@ def flash_attn_varlen_func(
     )
     q, k, v = autocast(q, k, v)
     left, right = window_of(causal, window_size)
-    out, softmax_lse = _ops.general_attention(
+    out, softmax_lse, _ = _ops.general_attention(
         q.unsqueeze(0),
         k.unsqueeze(0),
         v.unsqueeze(0),

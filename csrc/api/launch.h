@@ -22,6 +22,9 @@ Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const Wind
 // common/clean_sequences.h on the device of q.
 void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, const Argument& q);
 
+// On the device of the argument that the mask's state comes from.
+void fill_dropout_mask(const DropoutMask& mask, const Argument& rng_state);
+
 void launch(const FwdParams& params, const Argument& q, int row);
 void launch(const BwdParams& params, const Argument& q, int row);
 

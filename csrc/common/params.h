@@ -69,7 +69,7 @@ struct FwdParams {
   TensorView k;               // (batch, seqlen_k, num_heads_kv, head_dim)
   TensorView v;               // (batch, seqlen_k, num_heads_kv, head_dim_v)
   TensorView out;             // (batch, seqlen_q, num_heads, head_dim_v)
-  RowStatistics softmax_lse;  // natural log; -inf for a row that sees no key
+  RowStatistics softmax_lse;  // natural log; for a row that sees no key -inf, or its head's sink
   Sequences queries = {};
   Sequences keys = {};
   ScoreRules rules = {};    // of rows whose score mode is general
@@ -101,6 +101,8 @@ struct BwdParams {
   // Gradient of the bias, summed over what was broadcast there; null: not asked for. Strides of
   // dimensions of size 1 are 0. Of the bias's dtype.
   ScoreTensor dbias = {};
+  HeadGradient dslopes = {};  // of terms.alibi; its tiles are of keys, on the CPU of queries
+  HeadGradient dsinks = {};   // of terms.sinks; its tiles are of queries
 };
 
 // What a row with such tiles that reads pair bits needs of them, without their memory. Params: of a

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What bears on a score beside the scale and the window. A query sees a key if the window or the
 // prefix says so, both are of one document, and no mask hides it:
-//   score = softmax_scale * q k^T + bias   where it is seen.
+//   score = softmax_scale * q k^T + bias   where it is seen, and with the terms of score_terms.h.
 // Queries and keys are numbered within their sequences.
 #pragma once
 
 #include <cstdint>
 
 #include "common/math.h"
+#include "common/score_terms.h"
 #include "common/types.h"
 #include "common/window.h"
 
@@ -46,12 +47,13 @@ struct ScoreRules {
   const int32_t* document_ids = nullptr;  // (batch, seqlen), of queries and keys alike
   int64_t document_stride = 0;            // of the batch
   const int32_t* prefix_lens = nullptr;   // (batch): how many first keys every query sees
+  ScoreTerms terms;
 
   FA_HOST_DEVICE constexpr bool has_data_masks() const {
     return masks[0].data != nullptr || document_ids != nullptr;
   }
   FA_HOST_DEVICE constexpr bool any() const {
-    return bias.data != nullptr || has_data_masks() || prefix_lens != nullptr;
+    return bias.data != nullptr || has_data_masks() || prefix_lens != nullptr || terms.any();
   }
 };
 

@@ -88,10 +88,10 @@ class WindowMask {
 
   FA_HOST_DEVICE constexpr int seqlen_q() const { return seqlen_q_; }
   FA_HOST_DEVICE constexpr int seqlen_k() const { return seqlen_k_; }
-
- private:
+  // How far the key that is aligned with a query lies after it.
   FA_HOST_DEVICE constexpr int offset() const { return seqlen_k_ - seqlen_q_; }
 
+ private:
   FA_HOST_DEVICE static constexpr int clamp(long long bound, int unbounded) {
     return bound < 0 || bound > unbounded ? unbounded : static_cast<int>(bound);
   }

@@ -56,6 +56,8 @@ struct Registry {
   // common/clean_sequences.h on a stream of the current device; either may be null. Set like it.
   void (*clean_sequences_on_cuda)(const GivenSequences* queries, const GivenSequences* keys,
                                   void* stream) = nullptr;
+  // Fills in a mask on a stream of the current device. Set like it.
+  void (*dropout_mask_on_cuda)(const DropoutMask& mask, void* stream) = nullptr;
   int cuda_version = 0;  // of the toolkit, as CUDART_VERSION; 0 in a build without CUDA
 
   // The vector instructions that the CPU kernels chose on this machine, for example "avx2".

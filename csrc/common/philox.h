@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which probabilities dropout keeps: a function of (seed, offset), the head of the batch entry and
+// the pair (query, key), both numbered within their sequences. Tiles, families, passes and threads
+// have no say in it.
+//
+// Bits come from Philox4x32 (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as
+// 1, 2, 3", 2011), 16 for each pair. The 128 bits of one call are a patch of 2 x 4 pairs,
+//   queries {i, i + 8} by keys {j, j + 8, j + 16, j + 24}, i % 16 < 8 and j % 32 < 8,
+// which one thread holds in an mma accumulator of 16 x 32 scores. Of transposed scores, where a
+// thread has pairs of neighbouring queries and keys {j, j + 8}, it holds parts of patches.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fa {
+
+struct PhiloxCounter {
+  uint32_t x, y, z, w;
+};
+
+struct PhiloxKey {
+  uint32_t x, y;
+};
+
+// Seven rounds pass every test of BigCrush (section 5.2 there); ten are its authors' default.
+inline constexpr int kDropoutRounds = 7;
+
+template <int kRounds>
+FA_HOST_DEVICE constexpr PhiloxCounter philox(PhiloxCounter counter, PhiloxKey key) {
+  constexpr uint32_t kMultiplierX = 0xD2511F53;
+  constexpr uint32_t kMultiplierZ = 0xCD9E8D57;
+  constexpr uint32_t kWeylX = 0x9E3779B9;  // the golden ratio
+  constexpr uint32_t kWeylY = 0xBB67AE85;  // sqrt(3) - 1
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t x = uint64_t{kMultiplierX} * counter.x;
+    const uint64_t z = uint64_t{kMultiplierZ} * counter.z;
+    counter = {static_cast<uint32_t>(z >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(z),
+               static_cast<uint32_t>(x >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(x)};
+    key = {key.x + kWeylX, key.y + kWeylY};
+  }
+  return counter;
+}
+
+// What a call's dropout is, as kernels are given it.
+struct Dropout {
+  static constexpr uint32_t kAll = 1 << 16;
+
+  const int64_t* rng_state = nullptr;  // (2): seed and offset; null: no dropout
+  uint32_t threshold = kAll;           // of kAll equally likely values so many are kept
+  float scale = 1.0f;                  // of what is kept: 1 / P(keep), 0 where nothing is
+
+  // dropout_p: in [0, 1]. P(keep) is 1 - dropout_p, rounded to a multiple of 1 / kAll.
+  static constexpr Dropout of(double dropout_p, const int64_t* rng_state) {
+    const auto threshold = static_cast<uint32_t>((1.0 - dropout_p) * kAll + 0.5);
+    return {rng_state, threshold,
+            threshold == 0 ? 0.0f : static_cast<float>(static_cast<double>(kAll) / threshold)};
+  }
+
+  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr; }
+};
+
+// 16 bits for each of a patch's pairs.
+struct DropoutPatch {
+  PhiloxCounter bits;
+
+  // half: a constant, so that the word stays in a register.
+  FA_HOST_DEVICE constexpr uint32_t value(int half) const {
+    const uint32_t word = half < 2 ? bits.x : half < 4 ? bits.y : half < 6 ? bits.z : bits.w;
+    return half % 2 == 0 ? word & 0xFFFF : word >> 16;
+  }
+
+  static FA_HOST_DEVICE constexpr int half_of(int query, int key) {
+    return query / 8 % 2 * 4 + key / 8 % 4;
+  }
+};
+
+// Of one head of a batch entry. Reads the state, from device memory on a GPU.
+class DropoutOfHead {
+ public:
+  FA_HOST_DEVICE constexpr DropoutOfHead(const Dropout& dropout, int batch, int head, int num_heads)
+      : threshold_(dropout.threshold),
+        head_(static_cast<uint32_t>(batch) * static_cast<uint32_t>(num_heads) +
+              static_cast<uint32_t>(head)),
+        offset_(static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng_state[1]) >> 2)),
+        key_{static_cast<uint32_t>(dropout.rng_state[0]),
+             static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng_state[0]) >> 32) ^
+                 static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng_state[1]) >> 34)} {}
+
+  // Where a pair's patch begins, among the queries and among the keys.
+  static FA_HOST_DEVICE constexpr int first_query(int query) { return query / 16 * 16 + query % 8; }
+  static FA_HOST_DEVICE constexpr int first_key(int key) { return key / 32 * 32 + key % 8; }
+
+  // The patch that a pair is of.
+  FA_HOST_DEVICE constexpr DropoutPatch patch(int query, int key) const {
+    return {philox<kDropoutRounds>({static_cast<uint32_t>(query / 16 * 8 + query % 8),
+                                    static_cast<uint32_t>(key / 32 * 8 + key % 8), head_, offset_},
+                                   key_)};
+  }
+
+  FA_HOST_DEVICE constexpr bool keeps(const DropoutPatch& patch, int half) const {
+    return patch.value(half) < threshold_;
+  }
+  FA_HOST_DEVICE constexpr bool keeps(int query, int key) const {
+    return keeps(patch(query, key), DropoutPatch::half_of(query, key));
+  }
+
+ private:
+  uint32_t threshold_;
+  uint32_t head_;  // counted through the batch
+  uint32_t offset_;
+  PhiloxKey key_;
+};
+
+// Where the decisions themselves are written, for tests and for people: (batch, num_heads,
+// seqlen_q, seqlen_k) bytes, contiguous, 1 where a probability is kept.
+struct DropoutMask {
+  Dropout dropout;
+  int batch;
+  int num_heads;
+  int seqlen_q;
+  int seqlen_k;
+  uint8_t* kept;
+
+  FA_HOST_DEVICE constexpr int64_t rows() const { return int64_t{batch} * num_heads * seqlen_q; }
+  // row: below rows(). Writes the keys from `first` on, `step` apart.
+  FA_HOST_DEVICE constexpr void fill_row(int64_t row, int first = 0, int step = 1) const {
+    const int64_t head = row / seqlen_q;
+    const DropoutOfHead of_head(dropout, static_cast<int>(head / num_heads),
+                                static_cast<int>(head % num_heads), num_heads);
+    for (int key = first; key < seqlen_k; key += step) {
+      kept[row * seqlen_k + key] = of_head.keeps(static_cast<int>(row % seqlen_q), key) ? 1 : 0;
+    }
+  }
+};
+
+}  // namespace fa
