@@ -60,7 +60,7 @@ def _raise_named(error: RuntimeError) -> NoReturn:
     raise error
 
 
-def _statistics_dtype(q: Tensor) -> torch.dtype:
+def statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -98,14 +98,14 @@ def _fwd_general_fake(
     q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_max_logit = options[-1]
-    max_logit = q.new_empty(q.shape[2] if needs_max_logit else 0, dtype=_statistics_dtype(q))
+    max_logit = q.new_empty(q.shape[2] if needs_max_logit else 0, dtype=statistics_dtype(q))
     return *_fake_results(q, k, v), max_logit
 
 
 def _fake_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     check_alike(q, k, v)
     batch, seqlen_q, heads, _ = q.shape
-    softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=_statistics_dtype(q))
+    softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=statistics_dtype(q))
     return q.new_empty((batch, seqlen_q, heads, v.shape[3])), softmax_lse
 
 

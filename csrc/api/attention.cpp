@@ -328,8 +328,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_general(
   return {out, softmax_lse, max_logit};
 }
 
-// -> dq, dk, dv, and the gradients of attn_bias, alibi_slopes and sinks like these, contiguous;
-// without elements where nobody wants them.
+// -> dq, dk, dv, and the gradients of attn_bias, alibi_slopes and sinks, contiguous and like these,
+// or without elements where nobody wants them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,

@@ -49,13 +49,12 @@ struct Dropout {
 
   const int64_t* rng_state = nullptr;  // (2): seed and offset; null: no dropout
   uint32_t threshold = kAll;           // of kAll equally likely values so many are kept
-  float scale = 1.0f;                  // of what is kept: 1 / P(keep), 0 where nothing is
+  double scale = 1;                    // of what is kept: 1 / P(keep), 0 where nothing is
 
   // dropout_p: in [0, 1]. P(keep) is 1 - dropout_p, rounded to a multiple of 1 / kAll.
   static constexpr Dropout of(double dropout_p, const int64_t* rng_state) {
     const auto threshold = static_cast<uint32_t>((1.0 - dropout_p) * kAll + 0.5);
-    return {rng_state, threshold,
-            threshold == 0 ? 0.0f : static_cast<float>(static_cast<double>(kAll) / threshold)};
+    return {rng_state, threshold, threshold == 0 ? 0 : static_cast<double>(kAll) / threshold};
   }
 
   FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr; }

@@ -91,7 +91,7 @@ struct KernelConfig {
   }
 
   // Whether its kernel has the terms of common/score_terms.h.
-  constexpr bool has_score_terms() const { return false; }
+  constexpr bool has_score_terms() const { return family == Family::kCpu; }
 
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.

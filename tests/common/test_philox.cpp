@@ -103,9 +103,9 @@ void check_thresholds() {
     const double kept = dropout.threshold / 65536.0;
     FA_EXPECT(std::abs(kept - (1 - p)) <= 0.5 / 65536, "p", p);
     if (dropout.threshold == 0) {
-      FA_EXPECT_EQ(dropout.scale, 0.0f);
+      FA_EXPECT_EQ(dropout.scale, 0.0);
     } else {
-      FA_EXPECT(std::abs(dropout.scale * kept - 1) < 1e-7, "p", p);
+      FA_EXPECT(std::abs(dropout.scale * kept - 1) < 1e-15, "p", p);
     }
   }
   FA_EXPECT_EQ(Dropout::of(0.0, state).threshold, Dropout::kAll);
