@@ -46,16 +46,21 @@ def terms_of(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | None = None,
+    rng_state: Tensor | None = None,
 ) -> _ops.Terms:
-    """What the operators take of these arguments, with a new state where there is dropout."""
+    """What the operators take of these arguments, with a new state where there is dropout and
+    none is given."""
     for name, number in (("dropout_p", dropout_p), ("softcap", softcap)):
         if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
-    check_optional(alibi_slopes=alibi_slopes, sinks=sinks)
-    rng_state = None if dropout_p == 0.0 else new_rng_state(q.device, generator)
+    check_optional(alibi_slopes=alibi_slopes, sinks=sinks, rng_state=rng_state)
+    if dropout_p == 0.0:
+        rng_state = None
+    elif rng_state is None:
+        rng_state = new_rng_state(q.device, generator)
     slopes, sinks = _as_statistics(q, alibi_slopes), _as_statistics(q, sinks)
     return _ops.Terms(slopes, sinks, rng_state, softcap, dropout_p)
 

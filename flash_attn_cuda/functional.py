@@ -51,11 +51,11 @@ def flash_attn_func(
     matrix of scores.
 
     Implements FlashAttention-2 (Dao, 2023, Algorithms 1 and 2) and, with block_mask, block-sparse
-    FlashAttention (Dao et al., 2022, Algorithm 5). All arguments go together. Query i sees key j if ``i + off - left <= j <=
-    i + off + right``, where ``off = seqlen_k - seqlen_q`` and ``(left, right) = window_size``, or
-    if ``j < prefix_lens[b]``; both must be of one document, and every mask must say True. What a
-    query does not see has no influence on it. A query that sees no key has output 0, LSE -inf,
-    gradient 0.
+    FlashAttention (Dao et al., 2022, Algorithm 5). All arguments go together. Query i sees key j if
+    ``i + off - left <= j <= i + off + right``, where ``off = seqlen_k - seqlen_q`` and
+    ``(left, right) = window_size``, or if ``j < prefix_lens[b]``; both must be of one document, and
+    every mask must say True. What a query does not see has no influence on it. A query that sees no
+    key has output 0, LSE -inf, gradient 0.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16 or float16, on the CPU

@@ -4,12 +4,13 @@
 All functions store the whole (seqlen_q, seqlen_k) matrix of scores, which FlashAttention
 (Dao et al. 2022; FlashAttention-2, Dao 2023) avoids:
 
-    S = cap(softmax_scale * Q K^T) - slope * distance + bias,   cap(x) = softcap * tanh(x / softcap),
+    S = cap(softmax_scale * Q K^T) - slope * distance + bias,  cap(x) = softcap tanh(x / softcap),
     LSE = log(sum(exp(S)) + exp(sink)),   P = exp(S - LSE),   O = dropout(P) V.
 
 `attention_ref` is the yardstick of the tests, and `attention_varlen_ref` the same for packed
-sequences; `visible_pairs` is the one rule behind every mask, and `attention_scores` gives S. `standard_attention` is the usual
-implementation in the precision of its inputs, which the demo and the benchmarks compare with.
+sequences; `visible_pairs` is the one rule behind every mask, and `attention_scores` gives S.
+`standard_attention` is the usual implementation in the precision of its inputs, which the demo and
+the benchmarks compare with.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ py::dict row_to_dict(int row) {
   fields["head_dim"] = config.head_dim;
   fields["mask"] = name_of(config.mask);
   fields["score"] = name_of(config.score);
+  fields["score_terms"] = config.has_score_terms();
   fields["tile_m"] = config.tile_m;
   fields["tile_n"] = config.tile_n;
   fields["warps"] = config.warps;
