@@ -129,8 +129,11 @@ def attention_ref(
     v = _repeat_heads(v.to(upcast).transpose(1, 2), q.shape[2]).masked_fill(~seen, 0.0)
     terms = scores
     if sinks is not None:
-        sink = sinks.to(upcast)[:, None, None].expand(*scores.shape[:3], 1)
-        terms = torch.cat([scores, sink], dim=-1)
+        query, _, length_q, _ = _places(
+            q.shape[1], k.shape[1], of_scores.get("seqlens_q"), None, q.device
+        )
+        sink = sinks.to(upcast)[:, None, None].masked_fill(query >= length_q, -math.inf)
+        terms = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=-1)
     # The logarithm of an empty sum is -inf, and its derivative is NaN. Rows without a key are
     # therefore taken out before the logarithm and put back after it.
     is_empty = (terms == -math.inf).all(dim=-1)
