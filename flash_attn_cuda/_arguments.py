@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from flash_attn_cuda import _ops
+
 # A Tensor, or a tuple of them where the arguments ask for more than the output.
 AttentionResult: TypeAlias = Tensor | Any
 
@@ -36,6 +38,70 @@ def refuse_later(**given: bool) -> None:
     default."""
     names = ", ".join(name for name, is_given in given.items() if is_given)
     raise NotImplementedError(f"{names}: not implemented yet; leave the default")
+
+
+def terms_of(
+    q: Tensor,
+    dropout_p: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    generator: torch.Generator | None = None,
+    rng_state: Tensor | None = None,
+) -> _ops.Terms:
+    """What the operators take of these arguments, with a new state where there is dropout and
+    none is given."""
+    for name, number in (("dropout_p", dropout_p), ("softcap", softcap)):
+        if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+    check_optional(alibi_slopes=alibi_slopes, sinks=sinks, rng_state=rng_state)
+    if dropout_p == 0.0:
+        rng_state = None
+    elif rng_state is None:
+        rng_state = new_rng_state(q.device, generator)
+    slopes, sinks = _as_statistics(q, alibi_slopes), _as_statistics(q, sinks)
+    return _ops.Terms(slopes, sinks, rng_state, softcap, dropout_p)
+
+
+def results_of(
+    out: Tensor,
+    softmax_lse: Tensor,
+    max_logit: Tensor,
+    probabilities: Tensor | None,
+    return_lse: bool,
+    return_max_logit: bool,
+) -> AttentionResult:
+    """probabilities: S_dmask, or None where nobody asks for flash-attn's tuple."""
+    results: tuple[Tensor, ...] = (out,)
+    if probabilities is not None:
+        results = (out, softmax_lse, probabilities)
+    elif return_lse:
+        results = (out, softmax_lse)
+    if return_max_logit:
+        results = (*results, max_logit)
+    return results if len(results) > 1 else out
+
+
+def new_rng_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Seed and offset of a call's dropout, (2,) int64 of non-negative numbers, from a generator;
+    default: torch's own of the device. An operator of torch, so that CUDA graphs, checkpointing and
+    torch.compile treat it as they treat any dropout."""
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+        )
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one of {device} like q, got {generator.device}")
+    return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
+
+
+def _as_statistics(q: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """In the dtype of softmax_lse; the compiled code refuses float64 beside a q of less."""
+    if tensor is None or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.to(_ops.statistics_dtype(q))
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:

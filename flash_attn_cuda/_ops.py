@@ -8,7 +8,8 @@ while tracing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -34,9 +35,11 @@ _bwd_eager = _without_frame(torch.ops.flash_attn_cuda.bwd_eager.default)
 _fwd_general_eager = _without_frame(torch.ops.flash_attn_cuda.fwd_general_eager.default)
 _bwd_general_eager = _without_frame(torch.ops.flash_attn_cuda.bwd_general_eager.default)
 
-# Of the general operators, after q, k and v: how many tensors follow, and which is the bias.
-_TENSORS = 10
-_BIAS = 4
+_dropout_mask = torch.ops.flash_attn_cuda.dropout_mask.default
+
+# Of the general operators, after q, k and v: how many tensors follow, and which have gradients.
+_TENSORS = 13
+_BIAS, _SLOPES, _SINKS = 4, 10, 11
 
 _ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
@@ -57,7 +60,7 @@ def _raise_named(error: RuntimeError) -> NoReturn:
     raise error
 
 
-def _statistics_dtype(q: Tensor) -> torch.dtype:
+def statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -91,14 +94,18 @@ def _fwd_fake(
 
 @torch.library.register_fake("flash_attn_cuda::fwd_general")  # type: ignore[untyped-decorator]
 @torch.library.register_fake("flash_attn_cuda::fwd_general_eager")  # type: ignore[untyped-decorator]
-def _fwd_general_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_results(q, k, v)
+def _fwd_general_fake(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_max_logit = options[-1]
+    max_logit = q.new_empty(q.shape[2] if needs_max_logit else 0, dtype=statistics_dtype(q))
+    return *_fake_results(q, k, v), max_logit
 
 
 def _fake_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     check_alike(q, k, v)
     batch, seqlen_q, heads, _ = q.shape
-    softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=_statistics_dtype(q))
+    softmax_lse = q.new_empty((batch, heads, seqlen_q), dtype=statistics_dtype(q))
     return q.new_empty((batch, seqlen_q, heads, v.shape[3])), softmax_lse
 
 
@@ -124,11 +131,24 @@ def _bwd_fake(
 @torch.library.register_fake("flash_attn_cuda::bwd_general_eager")  # type: ignore[untyped-decorator]
 def _bwd_general_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _, _, *tensors = options  # after out and softmax_lse
-    bias, needs_dbias = tensors[_BIAS], tensors[-1]
-    dbias = bias.new_empty(bias.shape) if needs_dbias and bias is not None else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    of_terms = (
+        q.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+        for tensor, needed in zip(_differentiable(tensors), options[-3:], strict=True)
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *of_terms
+
+
+def _differentiable(tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
+    return tensors[_BIAS], tensors[_SLOPES], tensors[_SINKS]
+
+
+@torch.library.register_fake("flash_attn_cuda::dropout_mask")  # type: ignore[untyped-decorator]
+def _dropout_mask_fake(
+    rng_state: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int
+) -> Tensor:
+    return rng_state.new_empty((batch, heads, seqlen_q, seqlen_k), dtype=torch.bool)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -163,19 +183,22 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 
 def _setup_general_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     q, k, v, *options = inputs
-    ctx.save_for_backward(q, k, v, *output, *options[:_TENSORS])
+    out, softmax_lse, max_logit = output
+    ctx.save_for_backward(q, k, v, out, softmax_lse, *options[:_TENSORS])
     ctx.options = options[_TENSORS:]
+    ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
 
 
 def _general_gradients(
-    run_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    run_bwd: Callable[..., tuple[Tensor, ...]],
     ctx: Any,
     dout: Tensor | None,
     dlse: Tensor | None,
+    dmax_logit: None = None,
 ) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * (3 + _TENSORS + len(ctx.options))
     if dout is None and dlse is None:
@@ -183,13 +206,17 @@ def _general_gradients(
     q, k, v, out, softmax_lse, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    *options, deterministic = ctx.options
+    softcap, dropout_p, scale, left, right, deterministic, _ = ctx.options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    needs_dbias = ctx.needs_input_grad[3 + _BIAS]
-    inputs = (q, k, v, out, softmax_lse, *tensors, *options, deterministic, needs_dbias)
-    *gradients[:3], dbias = run_bwd(dout, dlse, *inputs)
-    if needs_dbias:
-        gradients[3 + _BIAS] = dbias
+    inputs = (*tensors, softcap, dropout_p, scale, left, right, deterministic)
+    needed = _differentiable(ctx.needs_input_grad[3:])
+    *gradients[:3], dbias, dslopes, dsinks = run_bwd(
+        dout, dlse, q, k, v, out, softmax_lse, *inputs, *needed
+    )
+    for index, gradient, is_needed in zip(
+        (_BIAS, _SLOPES, _SINKS), (dbias, dslopes, dsinks), needed, strict=True
+    ):
+        gradients[3 + index] = gradient if is_needed else None
     return tuple(gradients)
 
 
@@ -265,7 +292,7 @@ class _GeneralBackward(torch.autograd.Function):
 
 
 class _GeneralForward(torch.autograd.Function):
-    """_ForwardWithLse with sequences and rules, and with the gradient of the bias."""
+    """_ForwardWithLse with sequences, rules and terms, and with the gradients of these."""
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
@@ -274,7 +301,9 @@ class _GeneralForward(torch.autograd.Function):
     setup_context = staticmethod(_setup_general_context)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmax_logit: None
+    ) -> tuple[Tensor | None, ...]:
         run_bwd = _GeneralBackward.apply if torch.is_grad_enabled() else _bwd_general_eager
         try:
             return _general_gradients(run_bwd, ctx, dout, dlse)
@@ -339,6 +368,29 @@ def attention(
     return output if return_lse else output[0]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a call has beside sequences and rules; the defaults are none.
+
+    alibi_slopes (heads,) or (batch, heads) and sinks (heads,) are of the dtype of softmax_lse.
+    rng_state is (2,) int64, seed and offset, and there where dropout_p is above 0.
+    """
+
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    rng_state: Tensor | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """In the order of the operator."""
+        return self.alibi_slopes, self.sinks, self.rng_state, self.softcap, self.dropout_p
+
+
+NO_TERMS = Terms()
+
+
 def general_attention(
     q: Tensor,
     k: Tensor,
@@ -348,19 +400,26 @@ def general_attention(
     window_left: int,
     window_right: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention over sequences and under rules, and its log-sum-exp.
+    terms: Terms = NO_TERMS,
+    needs_max_logit: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over sequences, under rules and with terms, and its log-sum-exp.
 
     Args:
         q, k, v: as of :func:`attention`; packed sequences have batch 1 and the rows of all.
         tensors: cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, attn_bias, attn_mask,
             key_padding_mask, block_mask, document_ids, prefix_lens; None is without.
         softmax_scale, window_left, window_right, deterministic: as of :func:`attention`.
+        terms: softcap, ALiBi, sinks and dropout.
+        needs_max_logit: whether to find the largest score of each head.
 
     Returns:
-        (out, softmax_lse) as of :func:`attention`, differentiable in q, k, v and attn_bias.
+        (out, softmax_lse, max_logit): the first two as of :func:`attention`, differentiable in q,
+        k, v, attn_bias, alibi_slopes and sinks; max_logit (heads,) of the dtype of softmax_lse, or
+        empty where nobody needs it.
     """
-    inputs = (q, k, v, *tensors, softmax_scale, window_left, window_right, deterministic)
+    inputs = (q, k, v, *tensors, *terms.inputs)
+    inputs += (softmax_scale, window_left, window_right, deterministic, needs_max_logit)
     if torch.compiler.is_compiling():
         return _fwd_general(*inputs)  # type: ignore[no-any-return]
     try:
@@ -371,14 +430,25 @@ def general_attention(
         _raise_named(error)
 
 
-def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dbias by the operator bwd_general, not differentiable.
+def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbias, dslopes and dsinks by the operator bwd_general, not differentiable.
 
     Args:
-        inputs: dout, dlse, q, k, v, out, softmax_lse; the tensors and what follows them as of
-            :func:`general_attention`; whether dbias is wanted, which is empty else.
+        inputs: dout, dlse, q, k, v, out, softmax_lse; the tensors, the terms' inputs and what
+            follows up to deterministic as of :func:`general_attention`; whether dbias, dslopes and
+            dsinks are wanted, which are empty else.
     """
     try:
         return _bwd_general_eager(*inputs)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        _raise_named(error)
+
+
+def dropout_mask(
+    rng_state: Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int
+) -> Tensor:
+    """Which probabilities dropout keeps: (batch, heads, seqlen_q, seqlen_k) bool."""
+    try:
+        return _dropout_mask(rng_state, dropout_p, batch, heads, seqlen_q, seqlen_k)  # type: ignore[no-any-return]
     except RuntimeError as error:
         _raise_named(error)

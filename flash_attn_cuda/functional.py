@@ -14,9 +14,11 @@ from flash_attn_cuda._arguments import (
     check_arguments,
     check_optional,
     check_packed,
-    refuse_later,
+    results_of,
+    terms_of,
     window_of,
 )
+from flash_attn_cuda._probabilities import signed_probabilities
 
 
 def flash_attn_func(
@@ -49,29 +51,37 @@ def flash_attn_func(
     matrix of scores.
 
     Implements FlashAttention-2 (Dao, 2023, Algorithms 1 and 2) and, with block_mask, block-sparse
-    FlashAttention (Dao et al., 2022, Algorithm 5). Query i sees key j if ``i + off - left <= j <=
-    i + off + right``, where ``off = seqlen_k - seqlen_q`` and ``(left, right) = window_size``, or
-    if ``j < prefix_lens[b]``; both must be of one document, and every mask must say True. What a
-    query does not see has no influence on it. A query that sees no key has output 0, LSE -inf,
-    gradient 0.
+    FlashAttention (Dao et al., 2022, Algorithm 5). All arguments go together. Query i sees key j if
+    ``i + off - left <= j <= i + off + right``, where ``off = seqlen_k - seqlen_q`` and
+    ``(left, right) = window_size``, or if ``j < prefix_lens[b]``; both must be of one document, and
+    every mask must say True. What a query does not see has no influence on it. A query that sees no
+    key has output 0, LSE -inf, gradient 0.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16 or float16, on the CPU
             float32 or float64 too; on CUDA torch.autocast casts float32. Any strides.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (grouped-query attention).
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v up to 512, often head_dim.
-        dropout_p: only 0.0 for now.
+        dropout_p: probability that a probability is dropped, after the softmax (Srivastava et al.,
+            2014); others are divided by that of being kept, a multiple of 2^-16. softmax_lse is
+            without dropout. What is dropped is a function of a state drawn from `generator`, of
+            batch, head, query and key: the same on every device and in both passes.
         softmax_scale: default head_dim ** -0.5.
         causal: sets the window's right side to 0.
         window_size: (left, right), in keys; -1 is unbounded.
-        softcap: only 0.0 for now.
-        alibi_slopes: only None for now.
+        softcap: products become ``softcap * tanh(softmax_scale * q @ k^T / softcap)`` (Gemma 2),
+            before anything is added to them; 0.0 is without.
+        alibi_slopes: (heads,) or (batch, heads); ``- slope * |i + off - j|`` is added to scores
+            (Press et al., 2022). Any strides; float32, bfloat16 or float16 (or float64 beside
+            float64), with a gradient.
         deterministic: gradients are the same bits at every run, somewhat slower; also where
             torch.use_deterministic_algorithms() is on, in either pass. Otherwise the backward pass
             on CUDA adds up dq, in float32, in whatever order its blocks finish. All else is always
             deterministic, on one type of GPU.
         return_attn_probs: return (out, softmax_lse, S_dmask) as flash-attn does, whatever
-            return_lse says; S_dmask is empty without dropout.
+            return_lse says. Without dropout S_dmask is empty. With it, for debugging, it is
+            (batch, heads, seqlen_q, seqlen_k), the probabilities before dropout, negative where
+            dropped, without a gradient; it takes the memory that attention itself avoids.
         return_lse: return (out, softmax_lse); softmax_lse is (batch, heads, seqlen_q), float32
             (float64 for float64 inputs), natural log, and differentiable.
         attn_bias: added to the scores. Broadcasts to (batch, heads, seqlen_q, seqlen_k), with any
@@ -91,7 +101,13 @@ def flash_attn_func(
         block_mask: bool, True where blocks of 128 queries and 128 keys are seen. Broadcasts to
             (batch, heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)). Takes time in proportion to
             the blocks that are.
-        sinks, return_max_logit, generator: only their defaults for now.
+        sinks: (heads,); exp(sink) joins the denominator of each row, as a key without a value
+            would (Xiao et al., 2023; GPT-OSS). A query that sees no key then has LSE = sink. Dtypes
+            as of alibi_slopes, with a gradient; -inf is without.
+        return_max_logit: return, last, the largest score of all pairs seen of each head: (heads,)
+            in the dtype of softmax_lse, -inf where there is none, without a gradient.
+        generator: torch.Generator of the device of q that dropout's state is drawn from; default:
+            torch's own, as torch.manual_seed() sets it.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v), contiguous, in the inputs' dtype; or a tuple as
@@ -99,23 +115,12 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
-        NotImplementedError: an argument whose kernels do not exist yet, or a GPU without a kernel.
+        NotImplementedError: arguments or a GPU that no kernel is for.
     """
-    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is None
-    if not plain or generator is not None or return_max_logit:
-        refuse_later(
-            dropout_p=dropout_p != 0.0,
-            softcap=softcap != 0.0,
-            alibi_slopes=alibi_slopes is not None,
-            sinks=sinks is not None,
-            return_max_logit=return_max_logit,
-            generator=generator is not None,
-        )
     check_arguments(q, k, v, softmax_scale)
     q, k, v = autocast(q, k, v)
     left, right = window_of(causal, window_size)
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    return_lse = return_lse or return_attn_probs
     if (
         attn_bias
         is attn_mask
@@ -125,25 +130,43 @@ def flash_attn_func(
         is document_ids
         is prefix_lens
         is block_mask
+        is alibi_slopes
+        is sinks
         is None
+        and dropout_p == softcap == 0.0
+        and not return_max_logit
     ):
+        return_lse = return_lse or return_attn_probs
         output = _ops.attention(q, k, v, softmax_scale, left, right, deterministic, return_lse)
-    else:
-        check_optional(
-            attn_bias=attn_bias,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
+        return (*output, q.new_empty(0)) if return_attn_probs else output
+    rules = {
+        "attn_bias": attn_bias,
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "block_mask": block_mask,
+        "document_ids": document_ids,
+        "prefix_lens": prefix_lens,
+    }
+    check_optional(seqlens_q=seqlens_q, seqlens_k=seqlens_k, **rules)
+    terms = terms_of(q, dropout_p, softcap, alibi_slopes, sinks, generator)
+    tensors = (None, None, seqlens_q, seqlens_k, *rules.values())
+    out, softmax_lse, max_logit = _ops.general_attention(
+        *(q, k, v, tensors, softmax_scale, left, right, deterministic, terms, return_max_logit)
+    )
+    probabilities = None
+    if return_attn_probs:
+        probabilities = signed_probabilities(
+            q,
+            k,
+            softmax_lse,
+            terms,
+            softmax_scale=softmax_scale,
+            window_size=(left, right),
             seqlens_q=seqlens_q,
             seqlens_k=seqlens_k,
-            document_ids=document_ids,
-            prefix_lens=prefix_lens,
-            block_mask=block_mask,
+            **rules,
         )
-        masks = (attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens)
-        tensors = (None, None, seqlens_q, seqlens_k, attn_bias, *masks)
-        output = _ops.general_attention(q, k, v, tensors, softmax_scale, left, right, deterministic)
-        output = output if return_lse else output[0]
-    return (*output, q.new_empty(0)) if return_attn_probs else output
+    return results_of(out, softmax_lse, max_logit, probabilities, return_lse, return_max_logit)
 
 
 def flash_attn_qkvpacked_func(

@@ -13,8 +13,11 @@ from flash_attn_cuda._arguments import autocast, check_arguments, window_of
 from flash_attn_cuda._ops import _C, check_alike
 from flash_attn_cuda._version import __version__
 
-# What makes a problem one for the general rows of the kernel table.
+# What makes a problem one for the general rows of the kernel table, and for those of them that have
+# the terms of a score.
+TERMS = ("alibi_slopes", "dropout_p", "return_max_logit", "sinks", "softcap")
 RULES = (
+    *TERMS,
     "attn_bias",
     "attn_mask",
     "key_padding_mask",
@@ -74,7 +77,7 @@ def explain(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    **rules: Tensor | None,
+    **rules: Tensor | float | None,
 ) -> Explanation:
     """Which kernels :func:`flash_attn_func` would run for these arguments, and why not the others.
 
@@ -82,8 +85,9 @@ def explain(
 
     Args:
         q, k, v, causal, window_size: as of :func:`flash_attn_func`.
-        rules: attn_bias, attn_mask, key_padding_mask, document_ids, prefix_lens and block_mask of
-            it; only whether they are given is looked at.
+        rules: attn_bias, attn_mask, key_padding_mask, document_ids, prefix_lens, block_mask,
+            alibi_slopes, sinks, softcap, dropout_p and return_max_logit of it; only whether they
+            are given, and not 0, is looked at.
 
     Returns:
         An :class:`Explanation`; its str() is a report.
@@ -95,6 +99,7 @@ def explain(
     unknown = rules.keys() - RULES
     if unknown:
         raise TypeError(f"explain: expected rules among {', '.join(RULES)}, got {sorted(unknown)}")
+    given = {name for name, rule in rules.items() if isinstance(rule, Tensor) or rule}
     check_arguments(q, k, v, None)
     q, k, v = autocast(q, k, v)
     check_alike(q, k, v)
@@ -108,6 +113,7 @@ def explain(
         device = f"{torch.cuda.get_device_name(index)} (sm_{compute_capability})"
 
     def decide(pass_name: str) -> Decision:
+        rules_of_pass = given if pass_name == "fwd" else given - {"return_max_logit"}
         decision: dict[str, Any] = _C.explain(
             pass_name=pass_name,
             dtype=str(q.dtype).removeprefix("torch."),
@@ -116,7 +122,8 @@ def explain(
             seqlen_k=k.shape[1],
             window_left=window_left,
             window_right=window_right,
-            general_scores=any(tensor is not None for tensor in rules.values()),
+            general_scores=bool(rules_of_pass),
+            score_terms=bool(rules_of_pass & set(TERMS)),
             on_cuda=on_cuda,
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,

@@ -4,11 +4,13 @@
 All functions store the whole (seqlen_q, seqlen_k) matrix of scores, which FlashAttention
 (Dao et al. 2022; FlashAttention-2, Dao 2023) avoids:
 
-    S = softmax_scale * Q K^T + bias,   P = softmax(S),   O = P V,   LSE = log(sum(exp(S))).
+    S = cap(softmax_scale * Q K^T) - slope * distance + bias,  cap(x) = softcap tanh(x / softcap),
+    LSE = log(sum(exp(S)) + exp(sink)),   P = exp(S - LSE),   O = dropout(P) V.
 
 `attention_ref` is the yardstick of the tests, and `attention_varlen_ref` the same for packed
-sequences; `visible_pairs` is the one rule behind every mask. `standard_attention` is the usual
-implementation in the precision of its inputs, which the demo and the benchmarks compare with.
+sequences; `visible_pairs` is the one rule behind every mask, and `attention_scores` gives S.
+`standard_attention` is the usual implementation in the precision of its inputs, which the demo and
+the benchmarks compare with.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from torch import Tensor
 
 __all__ = [
     "attention_ref",
+    "attention_scores",
     "attention_varlen_ref",
+    "keep_probability",
     "standard_attention",
     "visible_pairs",
     "window_mask",
@@ -76,11 +80,9 @@ def visible_pairs(
     (batch, seqlen_k); block_mask: broadcastable to
     (batch, heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)).
     """
-    query = torch.arange(seqlen_q, device=device)[None, None, :, None]
-    key = torch.arange(seqlen_k, device=device)[None, None, None, :]
-    length_q = seqlen_q if seqlens_q is None else seqlens_q[:, None, None, None]
-    length_k = seqlen_k if seqlens_k is None else seqlens_k[:, None, None, None]
-    visible = _in_window(key - (query + length_k - length_q), causal, window_size)
+    query, key, length_q, length_k = _places(seqlen_q, seqlen_k, seqlens_q, seqlens_k, device)
+    distance = _distance(seqlen_q, seqlen_k, seqlens_q, seqlens_k, device)
+    visible = _in_window(distance, causal, window_size)
     if prefix_lens is not None:
         visible = visible | (key < prefix_lens[:, None, None, None])
     visible = visible & (query < length_q) & (key < length_k)
@@ -100,44 +102,93 @@ def attention_ref(
     k: Tensor,
     v: Tensor,
     *,
-    softmax_scale: float | None = None,
-    attn_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    kept: Tensor | None = None,
     upcast: torch.dtype = torch.float64,
-    **visibility: Any,
+    **of_scores: Any,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention, computed in `upcast` and differentiable through both results.
 
     q is (batch, seqlen_q, heads, head_dim), k is (batch, seqlen_k, heads_kv, head_dim) and v is
     (batch, seqlen_k, heads_kv, head_dim_v), where heads_kv divides heads and key head i serves the
-    query heads of the i-th group. softmax_scale is 1 / sqrt(head_dim) by default. attn_bias is
-    added to the scores and broadcastable to (batch, heads, seqlen_q, seqlen_k). `visibility` are
-    the arguments of `visible_pairs`. A pair that it hides has no influence, even where its bias is
-    NaN, nor has a row of q, k or v that takes part in no pair.
+    query heads of the i-th group. sinks, (heads,), are the logarithms of what joins a row's
+    denominator. Where `kept`, bool and broadcastable to (batch, heads, seqlen_q, seqlen_k), is
+    False, a probability is dropped; others are divided by `keep_probability(dropout_p)`.
+    `of_scores` are the arguments of `attention_scores`, those of `visible_pairs` among them. A pair
+    that these hide has no influence, even where its bias is NaN, nor has a row of q, k or v that
+    takes part in no pair.
 
     Returns out, (batch, seqlen_q, heads, head_dim_v), and lse, (batch, heads, seqlen_q), the
     natural logarithm of each row's softmax denominator, both in `upcast`. A row that sees no key,
-    or only scores of -inf, has out 0, lse -inf and gradients of 0.
+    or only scores of -inf, has out 0, lse -inf (or its sink) and gradients of 0 but for the sink's.
+    """
+    scores = attention_scores(q, k, upcast=upcast, **of_scores)
+    seen = (scores != -math.inf).any(dim=2)[..., None]
+    # NaN times 0 is NaN: rows without a pair are 0.
+    v = _repeat_heads(v.to(upcast).transpose(1, 2), q.shape[2]).masked_fill(~seen, 0.0)
+    terms = scores
+    if sinks is not None:
+        query, _, length_q, _ = _places(
+            q.shape[1], k.shape[1], of_scores.get("seqlens_q"), None, q.device
+        )
+        sink = sinks.to(upcast)[:, None, None].masked_fill(query >= length_q, -math.inf)
+        terms = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=-1)
+    # The logarithm of an empty sum is -inf, and its derivative is NaN. Rows without a key are
+    # therefore taken out before the logarithm and put back after it.
+    is_empty = (terms == -math.inf).all(dim=-1)
+    log_sum = torch.logsumexp(terms.masked_fill(is_empty[..., None], 0.0), dim=-1)
+    probabilities = torch.exp(scores - log_sum.masked_fill(is_empty, 0.0)[..., None])
+    if kept is not None:
+        probability = keep_probability(dropout_p)
+        probabilities = probabilities * kept / (probability or 1.0)
+    out = (probabilities @ v).transpose(1, 2)
+    lse = log_sum.masked_fill(is_empty, -math.inf)
+    return out, lse
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    upcast: torch.dtype = torch.float64,
+    **visibility: Any,
+) -> Tensor:
+    """What goes into the softmax, (batch, heads, seqlen_q, seqlen_k) in `upcast`: -inf where a pair
+    is hidden.
+
+    q and k are as for `attention_ref`. softmax_scale is 1 / sqrt(head_dim) by default; softcap is
+    none where 0. Query i is aligned with key i + seqlen_k - seqlen_q (of seqlens_q and seqlens_k
+    where given), and ALiBi adds - slope * its distance from the key: alibi_slopes is (heads,) or
+    (batch, heads). attn_bias is added and broadcastable to the result. `visibility` are the
+    arguments of `visible_pairs`.
     """
     visible = visible_pairs(q.shape[1], k.shape[1], device=q.device, **visibility)
     seeing, seen = visible.any(dim=3)[..., None], visible.any(dim=2)[..., None]
     heads = q.shape[2]
     # (batch, heads, seqlen, head_dim) from here on. NaN times 0 is NaN: rows without a pair are 0.
-    q, k, v = (x.to(upcast).transpose(1, 2) for x in (q, k, v))
+    q, k = (x.to(upcast).transpose(1, 2) for x in (q, k))
     q = q.masked_fill(~seeing, 0.0)
-    k, v = (_repeat_heads(x, heads).masked_fill(~seen, 0.0) for x in (k, v))
-
+    k = _repeat_heads(k, heads).masked_fill(~seen, 0.0)
     scores = _scale_or_default(softmax_scale, q.shape[3]) * (q @ k.mT)
+    if softcap != 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        lengths = (visibility.get("seqlens_q"), visibility.get("seqlens_k"))
+        distance = _distance(q.shape[2], k.shape[2], *lengths, q.device).abs()
+        scores = scores - alibi_slopes.to(upcast)[..., None, None] * distance
     if attn_bias is not None:
         scores = scores + attn_bias.to(upcast)
-    scores = scores.masked_fill(~visible, -math.inf)
-    # The logarithm of an empty sum is -inf, and its derivative is NaN. Rows without a key are
-    # therefore taken out before the logarithm and put back after it.
-    sees_nothing = (scores == -math.inf).all(dim=-1)
-    log_sum = torch.logsumexp(scores.masked_fill(sees_nothing[..., None], 0.0), dim=-1)
-    probabilities = torch.exp(scores - log_sum.masked_fill(sees_nothing, 0.0)[..., None])
-    out = (probabilities @ v).transpose(1, 2)
-    lse = log_sum.masked_fill(sees_nothing, -math.inf)
-    return out, lse
+    return scores.masked_fill(~visible, -math.inf)
+
+
+def keep_probability(dropout_p: float) -> float:
+    """Of dropout: 1 - dropout_p, rounded to a multiple of 2^-16."""
+    return math.floor((1.0 - dropout_p) * 65536 + 0.5) / 65536
 
 
 def attention_varlen_ref(
@@ -153,6 +204,8 @@ def attention_varlen_ref(
     attn_mask: Tensor | None = None,
     block_mask: Tensor | None = None,
     prefix_lens: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    kept: Tensor | None = None,
     upcast: torch.dtype = torch.float64,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -160,13 +213,15 @@ def attention_varlen_ref(
 
     q is (total_q, heads, head_dim), k is (total_k, heads_kv, head_dim) and v is
     (total_k, heads_kv, head_dim_v). Sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1], of which
-    the first seqused[i] count. attn_bias, attn_mask and block_mask are as for `attention_ref` with
-    the longest sequences' lengths, prefix_lens is (batch,), and `arguments` are those of
-    `attention_ref` that are the same for all sequences.
+    the first seqused[i] count. attn_bias, attn_mask, block_mask and kept are as for `attention_ref`
+    with the longest sequences' lengths, prefix_lens is (batch,), alibi_slopes (heads,) or
+    (batch, heads), and `arguments` are those of `attention_ref` that are the same for all
+    sequences.
 
     Returns out, (total_q, heads, head_dim_v), and lse, (heads, total_q). Rows of no sequence have
     out 0 and lse -inf.
     """
+    slopes = alibi_slopes
     rows_q, rows_k = _rows(cu_seqlens_q, seqused_q), _rows(cu_seqlens_k, seqused_k)
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=upcast, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=upcast, device=q.device)
@@ -181,6 +236,8 @@ def attention_varlen_ref(
             attn_mask=_of_sequence(attn_mask, index, length_q, length_k),
             block_mask=_of_sequence(block_mask, index, blocks_q, blocks_k),
             prefix_lens=None if prefix_lens is None else prefix_lens[index : index + 1],
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[index],
+            kept=_of_sequence(kept, index, length_q, length_k),
             upcast=upcast,
             **arguments,
         )
@@ -224,6 +281,34 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def _scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+
+
+def _places(
+    seqlen_q: int,
+    seqlen_k: int,
+    seqlens_q: Tensor | None,
+    seqlens_k: Tensor | None,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor, int | Tensor, int | Tensor]:
+    """Queries, keys and how many exist, each broadcastable to (batch, 1, seqlen_q, seqlen_k)."""
+    query = torch.arange(seqlen_q, device=device)[None, None, :, None]
+    key = torch.arange(seqlen_k, device=device)[None, None, None, :]
+    length_q = seqlen_q if seqlens_q is None else seqlens_q[:, None, None, None]
+    length_k = seqlen_k if seqlens_k is None else seqlens_k[:, None, None, None]
+    return query, key, length_q, length_k
+
+
+def _distance(
+    seqlen_q: int,
+    seqlen_k: int,
+    seqlens_q: Tensor | None,
+    seqlens_k: Tensor | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """How far a key lies after the one that is aligned with the query: (batch or 1, 1, seqlen_q,
+    seqlen_k)."""
+    query, key, length_q, length_k = _places(seqlen_q, seqlen_k, seqlens_q, seqlens_k, device)
+    return key - (query + length_k - length_q)
 
 
 def _in_window(distance: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:

@@ -16,8 +16,11 @@ from flash_attn_cuda._arguments import (
     check_optional,
     check_packed,
     refuse_later,
+    results_of,
+    terms_of,
     window_of,
 )
+from flash_attn_cuda._probabilities import signed_probabilities_of_packed
 
 
 def flash_attn_varlen_func(
@@ -70,6 +73,8 @@ def flash_attn_varlen_func(
         attn_bias, attn_mask: broadcast to (batch, heads, longest q, longest k), counted from the
             first row of each sequence; as large as the longest sequence or larger.
         block_mask: broadcasts to (batch, heads, blocks, blocks), alike.
+        return_attn_probs: S_dmask is (batch, heads, longest q, longest k), counted alike, and the
+            host then waits for the GPU.
         block_table: only None for now.
 
     All other arguments and the errors are those of :func:`flash_attn_cuda.flash_attn_func`.
@@ -78,17 +83,8 @@ def flash_attn_varlen_func(
         out, (total_q, heads, head_dim_v), 0 in rows of no sequence; or a tuple as asked for, in
         which softmax_lse is (heads, total_q), -inf in such rows.
     """
-    plain = dropout_p == softcap == 0.0 and alibi_slopes is sinks is block_table is None
-    if not plain or generator is not None or return_max_logit:
-        refuse_later(
-            dropout_p=dropout_p != 0.0,
-            softcap=softcap != 0.0,
-            alibi_slopes=alibi_slopes is not None,
-            block_table=block_table is not None,
-            sinks=sinks is not None,
-            return_max_logit=return_max_logit,
-            generator=generator is not None,
-        )
+    if block_table is not None:
+        refuse_later(block_table=True)
     check_arguments(q, k, v, softmax_scale)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
@@ -102,33 +98,45 @@ def flash_attn_varlen_func(
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    check_optional(
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        attn_bias=attn_bias,
-        attn_mask=attn_mask,
-        prefix_lens=prefix_lens,
-        block_mask=block_mask,
-    )
+    rules = {
+        "attn_bias": attn_bias,
+        "attn_mask": attn_mask,
+        "key_padding_mask": None,
+        "block_mask": block_mask,
+        "document_ids": None,
+        "prefix_lens": prefix_lens,
+    }
+    check_optional(seqused_q=seqused_q, seqused_k=seqused_k, **rules)
     q, k, v = autocast(q, k, v)
     left, right = window_of(causal, window_size)
-    out, softmax_lse = _ops.general_attention(
+    terms = terms_of(q, dropout_p, softcap, alibi_slopes, sinks, generator)
+    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    out, softmax_lse, max_logit = _ops.general_attention(
         q.unsqueeze(0),
         k.unsqueeze(0),
         v.unsqueeze(0),
-        (
-            *(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
-            *(attn_bias, attn_mask, None, block_mask, None, prefix_lens),
-        ),
+        (*sequences, *rules.values()),
         softmax_scale,
         left,
         right,
         bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
+        terms,
+        return_max_logit,
     )
     out, softmax_lse = out.squeeze(0), softmax_lse.squeeze(0)
+    probabilities = None
     if return_attn_probs:
-        return out, softmax_lse, q.new_empty(0)
-    return (out, softmax_lse) if return_lse else out
+        probabilities = signed_probabilities_of_packed(
+            q,
+            k,
+            softmax_lse,
+            terms,
+            sequences,
+            softmax_scale=softmax_scale,
+            window_size=(left, right),
+            **rules,
+        )
+    return results_of(out, softmax_lse, max_logit, probabilities, return_lse, return_max_logit)
 
 
 def flash_attn_varlen_qkvpacked_func(

@@ -30,6 +30,7 @@ from tests.support.rules import (
     LENGTHS,
     PADDINGS,
     RULE_LAYOUTS,
+    SINKS,
 )
 from tests.support.suite import DTYPES, EDGES, HEADS, WINDOWS
 
@@ -58,11 +59,17 @@ PROPERTIES: dict[str, Sequence[Any]] = {
     "padding": PADDINGS,
     "documents": DOCUMENTS,
     "prefix": (False, True),
+    "softcap": (0.0, 0.0, 1.5, 30.0),
+    "alibi": ("", "", "h", "bh"),
+    "sinks": SINKS,
+    "dropout": (0.0, 0.0, 0.1, 0.5, 1.0),
+    "max_logit": (False, True),
     "rule_layout": RULE_LAYOUTS,
 }
 # How often a random property has its first value anyway: too many rules hide all pairs.
 PLAIN = {
     **dict.fromkeys(("bias", "form", "head_dim_v"), 0.4),
+    **dict.fromkeys(("softcap", "alibi", "sinks", "dropout", "max_logit"), 0.5),
     **dict.fromkeys(("mask", "block_mask", "padding", "documents", "prefix"), 0.75),
     **dict.fromkeys(("layout", "rule_layout", "data", "dout"), 0.5),
     "bias_data": 0.7,

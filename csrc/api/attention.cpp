@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators: check, choose a row, allocate, launch.
+#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -8,6 +9,7 @@
 #include "api/launch.h"
 #include "api/rules.h"
 #include "api/sequences.h"
+#include "api/terms.h"
 #include "common/check.h"
 
 namespace fa::api {
@@ -55,10 +57,12 @@ Call plain_call(const Argument& q, const Argument& k, const Argument& v,
 
 Call general_call(const Argument& q, const Argument& k, const Argument& v,
                   const SequenceArguments& sequences, const RuleArguments& rules,
-                  std::optional<double> softmax_scale, int64_t window_left, int64_t window_right) {
+                  const TermArguments& terms, std::optional<double> softmax_scale,
+                  int64_t window_left, int64_t window_right) {
   Call call = plain_call(q, k, v, softmax_scale, window_left, window_right);
   call.shape.batch = check_sequences(sequences, q, k);
   call.rules = check_rules(rules, q, call.shape, sequences.packed());
+  call.rules.terms = check_terms(terms, q, call.shape, call.rules.copies);
   call.sequences = clean_sequences(sequences, q, k, call.shape);
   call.window = check_window(call.shape, window_left, window_right);
   return call;
@@ -125,6 +129,37 @@ Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& c
   return memory;
 }
 
+// Where gradients go beside those of q, k and v; null where nobody asks for one.
+struct MoreGradients {
+  ScoreTensor dbias;
+  HeadValues dslopes;
+  HeadValues dsinks;
+};
+
+// Gives the gradients of slopes and sinks what is asked for: memory of their partial sums, zeros,
+// that the returned tensors own.
+std::array<std::optional<Tensor>, 2> add_head_gradients(BwdParams& params, const Argument& q,
+                                                        const KernelConfig& config,
+                                                        const MoreGradients& more) {
+  const Shape& shape = params.shape;
+  const int64_t query_tiles = params.queries.count_tiles(shape.batch, params.queries.packed_rows,
+                                                         shape.seqlen_q, config.tile_m);
+  const int64_t key_tiles =
+      params.keys.count_tiles(shape.batch, params.keys.packed_rows, shape.seqlen_k, config.tile_n);
+  const auto give = [&](HeadGradient& gradient, const HeadValues& sums,
+                        int64_t tiles) -> std::optional<Tensor> {
+    if (sums.data == nullptr) {
+      return std::nullopt;
+    }
+    Tensor memory = empty({shape.num_heads, tiles}, q, statistics_dtype(config.dtype));
+    torch::stable::zero_(memory);
+    gradient = {sums, memory.mutable_data_ptr(), tiles};
+    return memory;
+  };
+  return {give(params.dslopes, more.dslopes, q.device.is_cpu() ? query_tiles : key_tiles),
+          give(params.dsinks, more.dsinks, query_tiles)};
+}
+
 // A result of as many columns as kernels write.
 Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& cols) {
   return empty({rows.sizes[0], rows.sizes[1], heads.sizes[2], kernel_head_dim(cols)}, rows,
@@ -183,8 +218,10 @@ void fill_left_rows(Tensor& dq, Tensor& dk, Tensor& dv, const Argument& q, const
   }
 }
 
+// max_logit: where the largest score of each head goes; null: nobody asks.
 std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, const Argument& v,
-                                       Call call) {
+                                       Call call, const HeadValues& max_logit) {
+  call.rules.terms.max_logit = max_logit;
   const int row = select_row(problem_for(Pass::kForward, q, call.shape, call.window, call.rules));
   const int head_dim_v = call.shape.head_dim_v;
   call.shape.head_dim = kernel_head_dim(q);
@@ -215,13 +252,12 @@ std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, con
   return {without_padding(out, head_dim_v), softmax_lse};
 }
 
-// dbias: where the gradient of the bias goes; null if nobody asks for it.
 std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
                                                 const std::optional<Tensor>& dlse_tensor,
                                                 const Argument& q, const Argument& k,
                                                 const Argument& v, const Argument& out,
                                                 const Argument& softmax_lse, Call call,
-                                                bool deterministic, const ScoreTensor& dbias) {
+                                                bool deterministic, const MoreGradients& more) {
   const bool has_dlse = dlse_tensor.has_value();  // softmax_lse stands in for a dlse that is not
   const Argument dlse{"dlse", has_dlse ? *dlse_tensor : softmax_lse.tensor};
   check_like_out(dout, q, v);
@@ -259,11 +295,12 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
                      .queries = call.sequences.queries,
                      .keys = call.sequences.keys,
                      .rules = call.rules,
-                     .dbias = dbias};
+                     .dbias = more.dbias};
     if (has_dlse) {
       params.dlse = call.of_all(row_statistics(dlse_readable));
     }
     const Tensor workspace = add_workspace(params, q, table::kRows[row], deterministic);
+    const auto [of_slopes, of_sinks] = add_head_gradients(params, q, table::kRows[row], more);
     const std::optional<Tensor> tile_map = add_tile_map(params, q, table::kRows[row]);
     const std::optional<Tensor> pair_bits = add_pair_bits(params, q, table::kRows[row]);
     launch(params, q, row);
@@ -285,7 +322,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tenso
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
-  return run_forward(q, k, v, plain_call(q, k, v, softmax_scale, window_left, window_right));
+  return run_forward(q, k, v, plain_call(q, k, v, softmax_scale, window_left, window_right), {});
 }
 
 // dout and out like the result, dlse (gradient of softmax_lse) and softmax_lse (batch, heads,
@@ -306,28 +343,41 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                       {});
 }
 
-// The same with sequences and rules. Packed, q is (1, total_q, heads, head_dim) and so on.
-std::tuple<Tensor, Tensor> forward_general(
+// The same with sequences, rules and terms, and max_logit (heads), which has no elements where
+// nobody wants it. Packed, q is (1, total_q, heads, head_dim) and so on.
+std::tuple<Tensor, Tensor, Tensor> forward_general(
     const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k,
     const std::optional<Tensor>& attn_bias, const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& block_mask,
     const std::optional<Tensor>& document_ids, const std::optional<Tensor>& prefix_lens,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& rng_state, double softcap, double dropout_p,
     std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    bool /*deterministic*/) {
+    bool /*deterministic*/, bool needs_max_logit) {
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
-  return run_forward(
-      q, k, v,
+  const Call call =
       general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
                    {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
-                   softmax_scale, window_left, window_right));
+                   {alibi_slopes, sinks, rng_state, softcap, dropout_p}, softmax_scale, window_left,
+                   window_right);
+  Tensor max_logit =
+      empty({needs_max_logit ? call.shape.num_heads : 0}, q, statistics_dtype(dtype_of(q)));
+  HeadValues of_heads;
+  if (max_logit.numel() > 0) {
+    torch::stable::fill_(max_logit, -std::numeric_limits<double>::infinity());
+    of_heads = head_values(max_logit);
+  }
+  auto [out, softmax_lse] = run_forward(q, k, v, call, of_heads);
+  return {out, softmax_lse, max_logit};
 }
 
-// -> dq, dk, dv, and dbias like attn_bias, contiguous; without elements where nobody wants it.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
+// -> dq, dk, dv, and the gradients of attn_bias, alibi_slopes and sinks, contiguous and like these,
+// or without elements where nobody wants them.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
     const Tensor& lse_tensor, const std::optional<Tensor>& cu_seqlens_q,
@@ -335,8 +385,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
     const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& attn_bias,
     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
     const std::optional<Tensor>& block_mask, const std::optional<Tensor>& document_ids,
-    const std::optional<Tensor>& prefix_lens, std::optional<double> softmax_scale,
-    int64_t window_left, int64_t window_right, bool deterministic, bool needs_dbias) {
+    const std::optional<Tensor>& prefix_lens, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& rng_state, double softcap,
+    double dropout_p, std::optional<double> softmax_scale, int64_t window_left,
+    int64_t window_right, bool deterministic, bool needs_dbias, bool needs_dslopes,
+    bool needs_dsinks) {
   const Argument dout{"dout", dout_tensor};
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
@@ -346,19 +399,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
   const Call call =
       general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
                    {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
-                   softmax_scale, window_left, window_right);
-  Tensor dbias = empty({0}, q, dtype_of(q));
-  ScoreTensor dbias_view;
-  if (needs_dbias && attn_bias.has_value()) {
-    const Argument bias{"attn_bias", *attn_bias};
-    dbias = zeros_like(bias);
-    if (dbias.numel() > 0) {
-      dbias_view = score_tensor(dbias, four_sizes(bias));
-    }
+                   {alibi_slopes, sinks, rng_state, softcap, dropout_p}, softmax_scale, window_left,
+                   window_right);
+  const auto gradient = [&q](const char* name, const std::optional<Tensor>& tensor, bool needed) {
+    return needed && tensor.has_value() ? zeros_like({name, *tensor}) : empty({0}, q, dtype_of(q));
+  };
+  const Tensor dbias = gradient("attn_bias", attn_bias, needs_dbias);
+  const Tensor dslopes = gradient("alibi_slopes", alibi_slopes, needs_dslopes);
+  const Tensor dsinks = gradient("sinks", sinks, needs_dsinks);
+  MoreGradients more;
+  if (dbias.numel() > 0) {
+    more.dbias = score_tensor(dbias, four_sizes({"attn_bias", dbias}));
+  }
+  if (dslopes.numel() > 0) {
+    more.dslopes = head_values(dslopes);
+  }
+  if (dsinks.numel() > 0) {
+    more.dsinks = head_values(dsinks);
   }
   auto [dq, dk, dv] =
-      run_backward(dout, dlse_tensor, q, k, v, out, softmax_lse, call, deterministic, dbias_view);
-  return {dq, dk, dv, dbias};
+      run_backward(dout, dlse_tensor, q, k, v, out, softmax_lse, call, deterministic, more);
+  return {dq, dk, dv, dbias, dslopes, dsinks};
 }
 
 }  // namespace fa::api
@@ -366,34 +427,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
 #define FA_GENERAL_SCHEMA                                                                \
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "   \
   "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? block_mask, " \
-  "Tensor? document_ids, Tensor? prefix_lens, "
+  "Tensor? document_ids, Tensor? prefix_lens, Tensor? alibi_slopes, Tensor? sinks, "     \
+  "Tensor? rng_state, float softcap, float dropout_p, "
 
 #define FA_SCALE_SCHEMA \
   "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic"
 
-#define FA_FWD_SCHEMA(more) \
-  "(Tensor q, Tensor k, Tensor v, " more FA_SCALE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)"
+#define FA_FWD_SCHEMA \
+  "(Tensor q, Tensor k, Tensor v, " FA_SCALE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)"
+
+#define FA_FWD_GENERAL_SCHEMA                                         \
+  "(Tensor q, Tensor k, Tensor v, " FA_GENERAL_SCHEMA FA_SCALE_SCHEMA \
+  ", bool needs_max_logit) -> (Tensor out, Tensor softmax_lse, Tensor max_logit)"
 
 #define FA_BWD_INPUTS \
   "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
 
 #define FA_BWD_SCHEMA FA_BWD_INPUTS FA_SCALE_SCHEMA ") -> (Tensor dq, Tensor dk, Tensor dv)"
 
-#define FA_BWD_GENERAL_SCHEMA                     \
-  FA_BWD_INPUTS FA_GENERAL_SCHEMA FA_SCALE_SCHEMA \
-      ", bool needs_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+#define FA_BWD_GENERAL_SCHEMA                                          \
+  FA_BWD_INPUTS FA_GENERAL_SCHEMA FA_SCALE_SCHEMA                      \
+      ", bool needs_dbias, bool needs_dslopes, bool needs_dsinks) -> " \
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsinks)"
 
 // An operator and its eager twin are the same. Python gives the former an autograd formula, which
 // tracing needs; eager calls have theirs outside the operators, and going around a formula takes
 // them longer than calling an operator that has none. The plain operators are the general ones
 // without what they would have to look at.
 STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
-  library.def("fwd" FA_FWD_SCHEMA(""));
-  library.def("fwd_eager" FA_FWD_SCHEMA(""));
+  library.def("fwd" FA_FWD_SCHEMA);
+  library.def("fwd_eager" FA_FWD_SCHEMA);
   library.def("bwd" FA_BWD_SCHEMA);
   library.def("bwd_eager" FA_BWD_SCHEMA);
-  library.def("fwd_general" FA_FWD_SCHEMA(FA_GENERAL_SCHEMA));
-  library.def("fwd_general_eager" FA_FWD_SCHEMA(FA_GENERAL_SCHEMA));
+  library.def("fwd_general" FA_FWD_GENERAL_SCHEMA);
+  library.def("fwd_general_eager" FA_FWD_GENERAL_SCHEMA);
   library.def("bwd_general" FA_BWD_GENERAL_SCHEMA);
   library.def("bwd_general_eager" FA_BWD_GENERAL_SCHEMA);
 }

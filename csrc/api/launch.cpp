@@ -79,6 +79,7 @@ Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const Wind
           .head_dim = std::max(shape.head_dim, shape.head_dim_v),
           .full_mask = window.is_full(),
           .general_scores = rules.any(),
+          .score_terms = rules.terms.any(),
           .on_cuda = q.device.is_cuda(),
           .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
 }
@@ -93,6 +94,23 @@ void fill_on_cuda(std::initializer_list<LeftRows> results, const Argument& q) {
   const torch::stable::accelerator::DeviceGuard guard(q.device.index());
   registry().fill_left_rows_on_cuda(results.begin(), static_cast<int>(results.size()),
                                     current_cuda_stream(q.device.index()));
+}
+
+void fill_dropout_mask(const DropoutMask& mask, const Argument& rng_state) {
+  if (rng_state.device.is_cuda()) {
+    const int device_index = rng_state.device.index();
+    cuda_device(device_index);  // or throws, where there are no CUDA kernels
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    registry().dropout_mask_on_cuda(mask, current_cuda_stream(device_index));
+    return;
+  }
+  const auto fill_rows = [](int64_t begin, int64_t end, void* context) {
+    const auto& mask = *static_cast<const DropoutMask*>(context);
+    for (int64_t row = begin; row < end; ++row) {
+      mask.fill_row(row);
+    }
+  };
+  parallel_for(0, mask.rows(), 1, fill_rows, const_cast<DropoutMask*>(&mask));
 }
 
 void launch(const FwdParams& params, const Argument& q, int row) {

@@ -26,6 +26,8 @@ void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, co
 
 // common/left_rows.h on the device of q.
 void fill_on_cuda(std::initializer_list<LeftRows> results, const Argument& q);
+// On the device of the argument that the mask's state comes from.
+void fill_dropout_mask(const DropoutMask& mask, const Argument& rng_state);
 
 void launch(const FwdParams& params, const Argument& q, int row);
 void launch(const BwdParams& params, const Argument& q, int row);

@@ -49,17 +49,15 @@ struct Dropout {
 
   const int64_t* rng_state = nullptr;  // (2): seed and offset; null: no dropout
   uint32_t threshold = kAll;           // of kAll equally likely values so many are kept
-  float scale = 1.0f;                  // of what is kept: 1 / P(keep), 0 where nothing is
+  double scale = 1;                    // of what is kept: 1 / P(keep), 0 where nothing is
 
   // dropout_p: in [0, 1]. P(keep) is 1 - dropout_p, rounded to a multiple of 1 / kAll.
   static constexpr Dropout of(double dropout_p, const int64_t* rng_state) {
     const auto threshold = static_cast<uint32_t>((1.0 - dropout_p) * kAll + 0.5);
-    return {rng_state, threshold,
-            threshold == 0 ? 0.0f : static_cast<float>(static_cast<double>(kAll) / threshold)};
+    return {rng_state, threshold, threshold == 0 ? 0 : static_cast<double>(kAll) / threshold};
   }
 
-  // Whether anything may be dropped.
-  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr && threshold != kAll; }
+  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr; }
 };
 
 // 16 bits for each of a patch's pairs.
@@ -114,6 +112,28 @@ class DropoutOfHead {
   uint32_t head_;  // counted through the batch
   uint32_t offset_;
   PhiloxKey key_;
+};
+
+// Where the decisions themselves are written, for tests and for people: (batch, num_heads,
+// seqlen_q, seqlen_k) bytes, contiguous, 1 where a probability is kept.
+struct DropoutMask {
+  Dropout dropout;
+  int batch;
+  int num_heads;
+  int seqlen_q;
+  int seqlen_k;
+  uint8_t* kept;
+
+  FA_HOST_DEVICE constexpr int64_t rows() const { return int64_t{batch} * num_heads * seqlen_q; }
+  // row: below rows(). Writes the keys from `first` on, `step` apart.
+  FA_HOST_DEVICE constexpr void fill_row(int64_t row, int first = 0, int step = 1) const {
+    const int64_t head = row / seqlen_q;
+    const DropoutOfHead of_head(dropout, static_cast<int>(head / num_heads),
+                                static_cast<int>(head % num_heads), num_heads);
+    for (int key = first; key < seqlen_k; key += step) {
+      kept[row * seqlen_k + key] = of_head.keeps(static_cast<int>(row % seqlen_q), key) ? 1 : 0;
+    }
+  }
 };
 
 }  // namespace fa

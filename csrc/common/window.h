@@ -92,7 +92,6 @@ class WindowMask {
   FA_HOST_DEVICE constexpr int offset() const { return seqlen_k_ - seqlen_q_; }
 
  private:
-
   FA_HOST_DEVICE static constexpr int clamp(long long bound, int unbounded) {
     return bound < 0 || bound > unbounded ? unbounded : static_cast<int>(bound);
   }

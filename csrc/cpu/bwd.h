@@ -5,9 +5,11 @@
 // With enough heads a task is one head of keys and values: five products per pair of tiles, dK and
 // dV summed in scratch of the length of the keys. With few heads, dK and dV and then dQ are tasks
 // of one tile each, and compute P and dP twice: seven products, but as many tasks as tiles. The
-// gradient of a bias (dS itself) takes two more.
+// gradient of a bias (dS itself) takes two more; those of slopes are summed beside dQ, and those of
+// sinks, - exp(sink - lse) delta, beside delta.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/scheduler.h"
@@ -45,6 +47,11 @@ class Backward {
     if (params_.dbias.data != nullptr) {
       BiasGradient<kDtype, kTileM, kTileN>(params_, context_).run();
     }
+    for (const HeadGradient* gradient : {&params_.dslopes, &params_.dsinks}) {
+      if (gradient->sums.data != nullptr) {
+        sum_tiles<Real>(*gradient, params_, kTileM);
+      }
+    }
   }
 
  private:
@@ -81,6 +88,21 @@ class Backward {
         delta[query] -= dlse[query];
       }
     }
+    if (params_.dsinks.sums.data != nullptr) {
+      params_.dsinks.at<Real>(rows.head, number_of(rows)) = sum_for_sink(rows, delta);
+    }
+  }
+
+  Real sum_for_sink(const Rows& rows, const Real* delta) const {
+    const Real* lse = params_.softmax_lse.row<Real>(rows.batch, rows.head) + rows.first();
+    const Real sink = params_.rules.terms.sinks.at<const Real>(0, rows.head);
+    Real sum = 0;
+    if (sink != -kInfinity<Real>) {
+      for (int query = 0; query < rows.range.size(); ++query) {
+        sum -= std::exp(sink - lse[query]) * delta[query];
+      }
+    }
+    return sum;
   }
 
   void run_by_heads() const {
@@ -143,6 +165,7 @@ class Backward {
         if (tiles.any_seen()) {
           tiles.load_queries();
           tiles.compute_p_and_ds();
+          tiles.pass_cap();
           tiles.add_dk_dv(dk, dv);
         }
       }
@@ -174,6 +197,7 @@ class Backward {
     tiles.set_queries(sequences.window, rows);
     tiles.load_queries();
     tiles.clear_dq();
+    Real of_slope = 0;
     const Range seen = sequences.window.keys_seen_by_any(rows.range);
     for (int key = first_of_walk(params_.rules, seen, kTileN); key < seen.end; key += kTileN) {
       const Range range = {key, min(key + kTileN, seen.end)};
@@ -181,11 +205,24 @@ class Backward {
       if (tiles.any_seen()) {
         tiles.load_keys();
         tiles.compute_p_and_ds();
+        if (params_.dslopes.sums.data != nullptr) {
+          of_slope += tiles.sum_for_slope();
+        }
+        tiles.pass_cap();
         tiles.add_dq();
         add_more(key);
       }
     }
+    if (params_.dslopes.sums.data != nullptr) {
+      params_.dslopes.at<Real>(rows.head, number_of(rows)) = of_slope;
+    }
     tiles.store_dq();
+  }
+
+  // Of a tile of queries, through the batch.
+  int64_t number_of(const Rows& rows) const {
+    return params_.queries.first_tile(rows.batch, shape_.seqlen_q, kTileM) +
+           rows.range.begin / kTileM;
   }
 
   int first_head(int head_kv) const { return head_kv * shape_.group_size(); }

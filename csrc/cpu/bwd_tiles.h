@@ -31,7 +31,8 @@ class BwdTiles {
         p_(kTileN, kTileM),
         ds_(kTileN, kTileM),
         dq_(kTileM, head_dim_),
-        rules_(params.rules) {}
+        rules_(params.rules),
+        terms_(params.rules.terms, params.shape.num_heads) {}
 
   // window: of the sequences that both the queries and the keys belong to.
   void set_queries(const PrefixWindow& window, const Rows& rows) {
@@ -67,7 +68,7 @@ class BwdTiles {
     load_rows<Element>(params_.v, keys_, head_dim_v_, Real{1}, v_.tile());
   }
 
-  // P and dS of the loaded tiles.
+  // P, as dV takes it, and dS of the loaded tiles, for bias and slopes.
   void compute_p_and_ds() {
     const int columns = padded<Real>(queries_.range.size());
     const Tile<Real> p = p_.tile();
@@ -77,7 +78,13 @@ class BwdTiles {
                                               q_transposed_.tile(), p);
     multiply<Lhs::kPlain, Result::kOverwrite>(keys, columns, head_dim_v_, v_.tile(),
                                               dout_transposed_.tile(), ds);
+    if (terms_.has_softcap()) {
+      terms_.cap_for_gradient(keys, columns, p);
+    }
     rules_.apply(columns, p);
+    if (terms_.has_dropout()) {
+      terms_.drop(queries_, keys_.range, columns, ds);  // dP
+    }
     rules_.clear_hidden(columns, ds);  // may be inf, and 0 * inf is NaN
     for (int key = 0; key < keys; ++key) {
       for (int query = 0; query < columns; query += kLanes<Real>) {
@@ -88,6 +95,21 @@ class BwdTiles {
         const Vec<Real> ds_of_visible = probability * (load(ds_lanes) - load(delta_ + query));
         store(ds_lanes, probability == Vec<Real>{} ? Vec<Real>{} : ds_of_visible);
       }
+    }
+    if (terms_.has_dropout()) {
+      terms_.drop_again(keys, columns, p);
+    }
+  }
+
+  // The gradient of the queries' slope, as far as these tiles go.
+  Real sum_for_slope() const {
+    return rules_.sum_for_slope(padded<Real>(queries_.range.size()), ds_.tile());
+  }
+
+  // dS becomes the gradient of Q K^T and no more that of the scores, for dQ and dK.
+  void pass_cap() {
+    if (terms_.has_softcap()) {
+      terms_.pass_cap(keys_.range.size(), padded<Real>(queries_.range.size()), ds_.tile());
     }
   }
 
@@ -144,6 +166,7 @@ class BwdTiles {
   TileBuffer<Real> p_, ds_;                          // (keys, queries)
   TileBuffer<Real> dq_;                              // (queries, head_dim)
   TileRules<Real, kTileM, kTileN> rules_;
+  TileTerms<Real, kTileM, kTileN> terms_;
   alignas(kCacheLine) Real lse_[kTileM];
   alignas(kCacheLine) Real delta_[kTileM];
 };

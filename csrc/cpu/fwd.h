@@ -36,6 +36,23 @@ class OnlineSoftmax {
   // What the last update made of everything summed before it.
   Real rescale(int query) const { return rescale_[query]; }
 
+  // The largest score so far.
+  Real maximum(int query) const { return maximum_[query]; }
+
+  // Once all keys are seen: exp(sink) joins the sums.
+  void add_sink(int queries, Real sink) {
+    for (int query = 0; query < queries; ++query) {
+      const Real before = maximum_[query];
+      if (sink == -kInfinity<Real>) {
+        rescale_[query] = 1;
+        continue;
+      }
+      maximum_[query] = max(before, sink);
+      rescale_[query] = std::exp(before - maximum_[query]);
+      sum_[query] = sum_[query] * rescale_[query] + std::exp(sink - maximum_[query]);
+    }
+  }
+
   Real inverse_sum(int query) const { return sum_[query] == 0 ? 0 : 1 / sum_[query]; }
 
   Real lse(int query) const {
@@ -97,7 +114,8 @@ class FwdWorker {
         v_(kTileN, params.shape.head_dim_v),
         scores_(kTileN, kTileM),
         out_(kTileM, params.shape.head_dim_v),
-        rules_(params.rules) {}
+        rules_(params.rules),
+        terms_(params.rules.terms, params.shape.num_heads) {}
 
   void run(const WorkTile& work) {
     const Shape& shape = params_.shape;
@@ -136,11 +154,25 @@ class FwdWorker {
       const int columns = padded<Real>(queries.size());
       multiply<Lhs::kPlain, Result::kOverwrite>(keys.size(), columns, shape.head_dim, k,
                                                 q_transposed, scores);
+      if (terms_.has_softcap()) {
+        terms_.cap(keys.size(), columns, scores);
+      }
       rules_.apply(columns, scores);
       softmax.update(keys.size(), columns, scores);
+      if (terms_.has_dropout()) {
+        terms_.drop(query_rows, keys, columns, scores);
+      }
       rescale_out(softmax, queries.size());
       multiply<Lhs::kTransposed, Result::kAddTo>(queries.size(), padded<Real>(shape.head_dim_v),
                                                  keys.size(), scores, v, out);
+    }
+    const ScoreTerms& terms = params_.rules.terms;
+    if (terms.max_logit.data != nullptr) {
+      raise_max_logit(softmax, query_rows);
+    }
+    if (terms.sinks.data != nullptr) {
+      softmax.add_sink(queries.size(), terms.sinks.at<const Real>(0, work.head));
+      rescale_out(softmax, queries.size());
     }
     store_results(softmax, query_rows);
   }
@@ -154,6 +186,19 @@ class FwdWorker {
            column += kLanes<Real>) {
         store(row + column, load(row + column) * rescale);
       }
+    }
+  }
+
+  void raise_max_logit(const OnlineSoftmax<Real, kTileM>& softmax, const Rows& rows) const {
+    Real largest = -kInfinity<Real>;
+    for (int query = 0; query < rows.range.size(); ++query) {
+      largest = max(largest, softmax.maximum(query));
+    }
+    Real& shared = params_.rules.terms.max_logit.at<Real>(0, rows.head);
+    Real before;
+    __atomic_load(&shared, &before, __ATOMIC_RELAXED);
+    while (before < largest && !__atomic_compare_exchange(&shared, &before, &largest, false,
+                                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
 
@@ -173,6 +218,7 @@ class FwdWorker {
   TileBuffer<Real> scores_;
   TileBuffer<Real> out_;
   TileRules<Real, kTileM, kTileN> rules_;
+  TileTerms<Real, kTileM, kTileN> terms_;
 };
 
 template <int kRow>

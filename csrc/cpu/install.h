@@ -11,8 +11,10 @@
 
 #include "common/math.h"
 #include "common/params.h"
+#include "common/philox.h"
 #include "common/scheduler.h"
 #include "common/score_rules.h"
+#include "common/score_terms.h"
 #include "common/tile_map.h"
 #include "common/types.h"
 #include "common/window.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What the rules of common/score_rules.h make of a tile of scores: nothing to compute where no
-// query sees a key, nothing to add where every query sees every key and there is no bias, and else
-// a tile of addends: the bias, and -inf where a pair is hidden.
+// query sees a key, nothing to add where every query sees every key and there is neither bias nor
+// ALiBi, and else a tile of addends: these, and -inf where a pair is hidden.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include "common/tile_map.h"
 #include "cpu/convert.h"
 #include "cpu/mask.h"
+#include "cpu/terms.h"
 #include "cpu/tile.h"
 
 namespace fa::cpu::FA_CPU_ISA {
@@ -125,6 +126,9 @@ class TileRules {
     window_ = &window;
     queries_ = queries;
     in_window_.set(window, queries.range);
+    if (has_alibi()) {
+      distances_.set(window.window(), queries.range);
+    }
   }
 
   // Whether some query may see some of the keys. To be asked of each tile before what follows.
@@ -135,7 +139,7 @@ class TileRules {
     return by_data_ != TileClass::kHidden;
   }
 
-  // scores (keys, queries) get their bias, and become -inf where hidden.
+  // scores (keys, queries) get their bias and ALiBi, and become -inf where hidden.
   void apply(int columns, Tile<Real> scores) {
     if (!has_addends()) {
       hide_by_window(columns, -kInfinity<Real>, scores);
@@ -150,6 +154,18 @@ class TileRules {
         store(score, addend == hidden ? hidden : load(score) + addend);
       }
     }
+  }
+
+  // The gradient of the tile's slope: the sum of ds (keys, queries), 0 past the queries, times what
+  // the slope is multiplied by.
+  Real sum_for_slope(int columns, Tile<Real> ds) const {
+    Vec<Real> sum = {};
+    for (int key = 0; key < keys_.size(); ++key) {
+      for (int query = 0; query < columns; query += kLanes<Real>) {
+        sum += load(ds.row(key) + query) * distances_.at(keys_.begin + key, query);
+      }
+    }
+    return sum_of_lanes<Real>(sum);
   }
 
   // After apply(): tile (keys, queries) = 0 where a pair is hidden.
@@ -168,7 +184,10 @@ class TileRules {
   }
 
  private:
-  bool has_addends() const { return rules_.bias.data != nullptr || by_data_ != TileClass::kSeen; }
+  bool has_alibi() const { return rules_.terms.alibi.data != nullptr; }
+  bool has_addends() const {
+    return rules_.bias.data != nullptr || has_alibi() || by_data_ != TileClass::kSeen;
+  }
 
   void hide_by_window(int columns, Real hidden, Tile<Real> tile) const {
     if (by_window_ != TileClass::kSeen) {
@@ -204,10 +223,23 @@ class TileRules {
     if (rules_.bias.data != nullptr) {
       with_dtype(rules_.bias_dtype, [this]<Dtype kDtype>() { load_bias<kDtype>(); });
     }
+    if (has_alibi()) {
+      add_alibi(columns, addends);
+    }
     if (by_data_ != TileClass::kSeen) {
       hide_by_data();
     }
     hide_by_window(columns, -kInfinity<Real>, addends);
+  }
+
+  void add_alibi(int columns, Tile<Real> addends) const {
+    const Real slope = rules_.terms.alibi.at<const Real>(queries_.batch, queries_.head);
+    for (int key = 0; key < keys_.size(); ++key) {
+      for (int query = 0; query < columns; query += kLanes<Real>) {
+        Real* addend = addends.row(key) + query;
+        store(addend, load(addend) + slope * distances_.at(keys_.begin + key, query));
+      }
+    }
   }
 
   template <Dtype kDtype>
@@ -256,6 +288,7 @@ class TileRules {
   TileClass by_window_ = TileClass::kSeen;
   TileClass by_data_ = TileClass::kSeen;
   VisibleKeys<Real, kTileM> in_window_;
+  AlibiDistances<Real, kTileM> distances_;
   TileBuffer<Real> addends_;
 };
 

@@ -105,6 +105,18 @@ struct InverseFactorials {
   }
 };
 
+// The sum of x^(n - first) / n! from n = first on, for |x| up to ln 2 / 2: exp(x) for first = 0.
+template <typename Real>
+FA_CPU_INLINE Vec<Real> exp_series(Vec<Real> x, int first) {
+  constexpr InverseFactorials<Real> kCoefficients;
+  Vec<Real> series = broadcast<Real>(kCoefficients.at[Simd<Real>::kTerms - 1]);
+#pragma GCC unroll 16
+  for (int term = Simd<Real>::kTerms - 2; term >= first; --term) {
+    series = series * x + kCoefficients.at[term];
+  }
+  return series;
+}
+
 // exp(x) = 2^n * exp(x - n ln 2) to 2 ulp; inf above the range, exactly 0 below it and for -inf
 // (subnormal results count as below), NaN for NaN.
 template <typename Real>
@@ -122,15 +134,23 @@ FA_CPU_INLINE Vec<Real> exp(Vec<Real> x) {
   Vec<Real> rest = x - n * S::kLn2High;
   rest = rest - n * S::kLn2Low;
 
-  constexpr InverseFactorials<Real> kCoefficients;
-  Vec<Real> series = broadcast<Real>(kCoefficients.at[S::kTerms - 1]);
-#pragma GCC unroll 16
-  for (int term = S::kTerms - 2; term >= 0; --term) {
-    series = series * rest + kCoefficients.at[term];
-  }
+  const Vec<Real> series = exp_series<Real>(rest, 0);
   const Int exponent = reinterpret_cast<Int>(rounded) + S::kBias;
   const Int bits = exponent << S::kMantissaBits;
   return series * reinterpret_cast<Vec<Real>>(bits);
+}
+
+// tanh(x) = e / (e + 2), e = exp(2 x) - 1, to a few ulp; NaN for NaN.
+template <typename Real>
+FA_CPU_INLINE Vec<Real> tanh(Vec<Real> x) {
+  const Vec<Real> largest = broadcast<Real>(40);  // beyond it tanh is 1, and exp may be inf
+  const Vec<Real> small = broadcast<Real>(Real{0.34});
+  Vec<Real> twice = 2 * (x < Vec<Real>{} ? -x : x);
+  twice = largest < twice ? largest : twice;
+  const Vec<Real> e =
+      twice < small ? twice * exp_series<Real>(twice, 1) : exp<Real>(twice) - Real{1};
+  const Vec<Real> result = e / (e + Real{2});
+  return x < Vec<Real>{} ? -result : result;
 }
 
 }  // namespace fa::cpu::FA_CPU_ISA

@@ -90,6 +90,9 @@ struct KernelConfig {
     return family == Family::kSm90 && score == ScoreMode::kGeneral;
   }
 
+  // Whether its kernel has the terms of common/score_terms.h.
+  constexpr bool has_score_terms() const { return family == Family::kCpu; }
+
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.
   constexpr bool fits(int64_t smem_opt_in) const {

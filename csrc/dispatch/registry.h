@@ -60,6 +60,8 @@ struct Registry {
   // common/left_rows.h, of up to kMostResults of one batch. Set like it.
   static constexpr int kMostResults = 3;
   void (*fill_left_rows_on_cuda)(const LeftRows* results, int count, void* stream) = nullptr;
+  // Fills in a mask on a stream of the current device. Set like it.
+  void (*dropout_mask_on_cuda)(const DropoutMask& mask, void* stream) = nullptr;
   int cuda_version = 0;  // of the toolkit, as CUDART_VERSION; 0 in a build without CUDA
 
   // The vector instructions that the CPU kernels chose on this machine, for example "avx2".

@@ -104,6 +104,9 @@ Verdict judge(int row, const Problem& problem) {
   if (config.score == ScoreMode::kPlain && problem.general_scores) {
     return Verdict::kScores;
   }
+  if (problem.score_terms && !config.has_score_terms()) {
+    return Verdict::kScoreTerms;
+  }
   if (problem.on_cuda && !config.fits(problem.device.smem_opt_in)) {
     return Verdict::kSharedMemory;
   }
@@ -140,7 +143,9 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
     case Verdict::kMask:
       return "for full attention only";
     case Verdict::kScores:
-      return "for scores without bias, masks, documents and prefixes";
+      return "for scores without bias, masks, documents, prefixes and terms such as softcap";
+    case Verdict::kScoreTerms:
+      return "for scores without softcap, alibi_slopes, sinks, dropout_p and return_max_logit";
     case Verdict::kSharedMemory:
       return concat("needs ", config.smem_bytes(), " bytes of shared memory",
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",

@@ -16,6 +16,7 @@ struct Problem {
   int head_dim;         // the larger one of q and k, and of v
   bool full_mask;       // every query sees every key
   bool general_scores;  // with rules of common/score_rules.h
+  bool score_terms;     // among them terms of common/score_terms.h
   bool on_cuda;         // else on the CPU
   CudaDevice device;    // read where on_cuda
 };
@@ -31,6 +32,7 @@ enum class Verdict {
   kHeadDim,
   kMask,
   kScores,
+  kScoreTerms,
   kSharedMemory,
   kNotBuilt,
 };

@@ -57,6 +57,11 @@ class Case:
     padding: str = ""  # one of rules.PADDINGS
     documents: str = ""  # one of rules.DOCUMENTS
     prefix: bool = False
+    softcap: float = 0.0
+    alibi: str = ""  # the dimensions that the slopes have: "h" or "bh"
+    sinks: str = ""  # one of rules.SINKS
+    dropout: float = 0.0
+    max_logit: bool = False
     rule_layout: str = "plain"  # of all these tensors; one of rules.RULE_LAYOUTS
     seed: int = 0
     device: str = "cpu"
@@ -73,6 +78,16 @@ class Case:
     def scale(self) -> float:
         default = 1.0 / math.sqrt(self.head_dim)
         return default if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def terms_dtype(self) -> torch.dtype:
+        """Of slopes and sinks."""
+        is_given = self.bias_dtype not in (None, "float64")
+        return getattr(torch, self.bias_dtype) if is_given else self.statistics_dtype
 
     @property
     def mask_arguments(self) -> dict[str, object]:
@@ -135,6 +150,7 @@ class Inputs:
     bias: Tensor | None = None
     rules: dict[str, Tensor] = field(default_factory=dict)  # arguments of the public function
     visibility: dict[str, Tensor | None] = field(default_factory=dict)  # those of visible_pairs
+    terms: dict[str, Tensor] = field(default_factory=dict)  # alibi_slopes and sinks
     packing_q: Packing | None = None
     packing_k: Packing | None = None
 
@@ -179,9 +195,8 @@ def make_inputs(case: Case) -> Inputs:
     dout = _dout_values(case, (*q_shape[:3], case.width_of_values), generator)
     dlse = None
     if case.dlse:
-        lse_dtype = torch.float64 if case.dtype == "float64" else torch.float32
         dlse = torch.randn(case.batch, case.heads, case.seqlen_q, generator=generator)
-        dlse = dlse.to(lse_dtype)
+        dlse = dlse.to(case.statistics_dtype)
     rules = draw_rules(case, generator)
     q, dout = (_without_foreign_rows(x, rules.lengths_q, rules.packing_q) for x in (q, dout))
     if dlse is not None:  # (batch, heads, seqlen_q), or packed (heads, total_q)
@@ -198,15 +213,22 @@ def _with_rules(case: Case, rules: Rules, inputs: Inputs) -> Inputs:
     laid_out = {name: lay_out_rule(x, name, case) for name, x in rules.arguments.items()}
     bias = None if rules.bias is None else lay_out_rule(rules.bias, "attn_bias", case)
     arguments = {name: embedded.view for name, embedded in laid_out.items()}
+    terms = {name: lay_out_rule(x, name, case) for name, x in rules.terms.items()}
     lengths = (None if x is None else x.to(case.device) for x in (rules.lengths_q, rules.lengths_k))
     return dataclasses.replace(
         inputs,
         bias=None if bias is None else bias.view,
         rules=arguments,
+        terms={name: embedded.view for name, embedded in terms.items()},
         visibility=visibility(arguments, *lengths),
         packing_q=rules.packing_q,
         packing_k=rules.packing_k,
-        buffers=(*inputs.buffers, *laid_out.values(), *([] if bias is None else [bias])),
+        buffers=(
+            *inputs.buffers,
+            *laid_out.values(),
+            *terms.values(),
+            *([] if bias is None else [bias]),
+        ),
     )
 
 

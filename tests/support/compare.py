@@ -2,11 +2,11 @@
 """Is a result as exact as its arithmetic allows? One error bound, element by element.
 
 The bound follows a correct FlashAttention kernel through its roundings, in float64 (S, P, dS as in
-the FlashAttention-2 paper; D = rowsum(dO * O) - dLSE). Each element of out, lse, dq, dk, dv and
-dbias has its own bound, so that an error in a small element is not hidden by a large one elsewhere,
-and no tolerance is chosen by hand. A comparison with what PyTorch's own low-precision attention
-gets wrong is both looser (it misses roundings that should not be there) and noisier (a correct
-kernel fails it by bad luck).
+the FlashAttention-2 paper; D = rowsum(dO * O) - dLSE). Each element of out, lse, dq, dk, dv, dbias,
+dslopes, dsinks and max_logit has its own bound, so that an error in a small element is not hidden
+by a large one elsewhere, and no tolerance is chosen by hand. A comparison with what PyTorch's own
+low-precision attention gets wrong is both looser (it misses roundings that should not be there) and
+noisier (a correct kernel fails it by bad luck).
 
 A bound on the worst roundings grows with the number of terms, so an error has to be found where
 terms are few: one key that dq alone lacks shows among hundreds of keys, not among thousands. Of the
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import flash_attn_cuda
-from flash_attn_cuda import flash_attn_func
-from flash_attn_cuda.reference import visible_pairs
+from flash_attn_cuda import flash_attn_func, lowlevel
+from flash_attn_cuda.reference import keep_probability, visible_pairs
 from tests.support.cases import Case, Inputs, make_inputs
 from tests.support.poison import poisoned_allocations
 
@@ -91,6 +91,13 @@ DOT_ROUNDOFFS = 16
 # Once per score, of its bias: log2(e) as float32, the product with it, the sum with the score, and
 # the difference with the maximum or the LSE.
 BIAS_ROUNDOFFS = 4
+# Once per slope's product with a distance, alike, and per sink: rounded as a bias is.
+# Once per score, of what softcap makes of it: dividing by the cap, tanh to a few ulp, and the
+# product with the cap. Of the derivative, 1 - tanh^2, absolute: three operations.
+SOFTCAP_ROUNDOFFS = 12
+DERIVATIVE_ROUNDOFFS = 3
+# Dropout's factor, as float32, and the product with it.
+DROPOUT_ROUNDOFFS = 2
 # exp2 on the GPU errs by 2 ulp: 4. The base of the online softmax is up to 8 octaves below the
 # maximum, and an exponent between 4 and 8 is rounded by up to 2^-22 octaves: 2.8. The rounding of
 # an exponent below that is one of the scores'. Dividing by the denominator rounds twice: 2. Factors
@@ -119,6 +126,9 @@ class Constants:
     dot_per_term: float = DOT_ROUNDOFFS_PER_TERM
     dot: float = DOT_ROUNDOFFS
     bias: float = BIAS_ROUNDOFFS
+    softcap: float = SOFTCAP_ROUNDOFFS
+    derivative: float = DERIVATIVE_ROUNDOFFS
+    dropout: float = DROPOUT_ROUNDOFFS
     exp: float = EXP_ROUNDOFFS
     lse: float = LSE_ROUNDOFFS
     sum: float = SUM_ROUNDOFFS
@@ -157,15 +167,22 @@ def expected_with_bounds(
     *,
     softmax_scale: float | None = None,
     attn_bias: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    kept: Tensor | None = None,
     constants: Constants = CONSTANTS,
     max_scores: int = MAX_SCORES,
     **visibility: Any,
 ) -> Expected:
-    """out and lse, and with dout dq, dk, dv and, of a bias, dbias, each with its bound.
+    """out, lse and max_logit, and with dout dq, dk, dv and, where there is something that they are
+    the gradients of, dbias, dslopes and dsinks, each with its bound.
 
     q: (batch, seqlen_q, heads, head_dim); k: (batch, seqlen_k, heads_kv, head_dim); v: the same
     with head_dim_v; dout: (batch, seqlen_q, heads, head_dim_v); dlse: (batch, heads, seqlen_q);
-    attn_bias and `visibility`: as for `attention_ref`. Results have the layout of the operator's
+    attn_bias, softcap, alibi_slopes, sinks, dropout_p, kept and `visibility`: as for
+    `attention_ref`. Results have the layout of the operator's
     results. Queries are taken in parts of at most max_scores scores.
     """
     batch, seqlen_q, heads, head_dim = q.shape
@@ -186,6 +203,13 @@ def expected_with_bounds(
         bias_shape = bias.shape
         bias = bias.expand(batch, heads, seqlen_q, seqlen_k).masked_fill(~mask, 0.0)
     seeing, seen = (mask.any(dim)[..., None] for dim in (3, 2))
+    exists, distances = _places(seqlen_q, seqlen_k, q.device, visibility)
+    slopes = None if alibi_slopes is None else alibi_slopes.detach().double()[..., None, None]
+    sink = None if sinks is None else sinks.detach().double()[:, None]  # (heads, 1)
+    eps_drop = eps * constants.dropout
+    drop_scale = 1.0
+    if kept is not None:
+        drop_scale = 1 / (keep_probability(dropout_p) or math.inf)
     # Of the terms that are not masked: adding 0 is exact.
     seen_by = mask.sum(dim=2).double()
     seen_by = seen_by * group if mask.shape[1] == 1 else _of_group(seen_by, group)
@@ -209,42 +233,68 @@ def expected_with_bounds(
         sum_k = eps * constants.of_sum(terms)
         S = scale * Q @ K.mT
         err_S = gamma * abs(scale) * absQ @ absK.mT
+        if softcap != 0.0:
+            T = torch.tanh(S / softcap)
+            derivative = 1 - T.square()
+            S = softcap * T
+            # The second derivative is at most 0.77 / softcap.
+            err_S = err_S * derivative + 0.77 / softcap * err_S.square()
+            err_S += eps * constants.softcap * S.abs()
+            err_derivative = 2 * T.abs() * err_S / softcap + eps * constants.derivative
+        if slopes is not None:
+            of_slopes = slopes * distances[:, :, rows]
+            S = S - of_slopes
+            err_S = err_S + eps * constants.bias * of_slopes.abs()
         if attn_bias is not None:
             S += bias[:, :, rows]
             err_S += eps * constants.bias * bias[:, :, rows].abs()
         S = S.masked_fill_(~mask[:, :, rows], -math.inf)
+        values, bounds = {}, {}
+        largest = torch.stack([S, S + err_S, S - err_S]).amax(dim=(1, 3, 4)) if S.numel() else None
+        if largest is not None:
+            values["max_logit"], bounds["upper"], bounds["lower"] = largest
         lse = torch.logsumexp(S, dim=-1)
         sees_nothing = (lse == -math.inf)[..., None]
+        if sink is not None:
+            lse = torch.logaddexp(lse, sink.masked_fill(~exists[:, :, rows], -math.inf))
         finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
         P = torch.exp(S.sub_(finite_lse[..., None]))
-        Out = P @ V
+        M = visible if kept is None else drop_scale * kept[:, :, rows].double()
+        Out = (P * M) @ V
 
         err_lse = _row_sum(P * err_S)
+        if sink is not None:
+            of_sink = sink.masked_fill(sink == -math.inf, 0.0)
+            err_lse = err_lse + eps * constants.bias * of_sink.abs()[..., None]
         err_P = P * torch.expm1(err_S + err_lse + exp_error + sum_k)
         err_P = err_P + arithmetic.flush * visible
         bound_O = (
             u_result * Out.abs()
-            + (u_operand * P + err_P) @ absV
-            + sum_k * P @ absV
-            + tiny * (1 + _column_sum(absV))
+            + ((u_operand * P + err_P) * M) @ absV
+            + ((sum_k + eps_drop) * P * M) @ absV
+            + tiny * (1 + max(1.0, drop_scale) * _column_sum(absV))
         )
         # A row that sees no key is exactly 0: it is assigned, not computed.
         bound_O = bound_O.masked_fill(sees_nothing, 0.0)
         bound_lse = (err_lse + exp_error + sum_k)[..., 0] + eps * constants.lse * finite_lse.abs()
-        values = {"out": Out.transpose(1, 2), "lse": lse}
-        bounds = {"out": bound_O.transpose(1, 2), "lse": bound_lse}
+        values |= {"out": Out.transpose(1, 2), "lse": lse}
+        bounds |= {"out": bound_O.transpose(1, 2), "lse": bound_lse}
         if dout is None:
             return values, bounds
 
         dO = dout[:, rows].double().transpose(1, 2).masked_fill(is_foreign, 0.0)
         absdO = dO.abs()
         dLSE = torch.zeros_like(lse) if dlse is None else dlse[..., rows].double()
-        dLSE = dLSE[..., None].masked_fill(is_foreign, 0.0)
-        dP_minus_D = dO @ V.mT - (_row_sum(dO * Out) - dLSE)
+        # What reaches the LSE of a row that sees no key reaches its sink.
+        reaches_nothing = is_foreign if sink is None else ~exists[:, :, rows, None]
+        dLSE = dLSE[..., None].masked_fill(reaches_nothing, 0.0)
+        D = _row_sum(dO * Out) - dLSE
+        dP = (dO @ V.mT) * M
+        dP_minus_D = dP - D
         dS = P * dP_minus_D
         err_D = _row_sum(bound_O * absdO) + gamma_v * _row_sum(Out.abs() * absdO)
         err_D = err_D + 2 * eps * dLSE.abs()
-        err_dP = gamma_v * absdO @ absV.mT
+        err_dP = (gamma_v + eps_drop) * (absdO @ absV.mT) * M
         err_dS = P * (err_dP + err_D) + err_P * dP_minus_D.abs()
         if attn_bias is not None:
             shape = (*bias_shape[:2], dS.shape[2], bias_shape[3])
@@ -252,12 +302,30 @@ def expected_with_bounds(
             # Of dS as it is before it becomes an operand.
             bounds["dbias"] = _sum_to(err_dS + arithmetic.flush * visible, shape)
             bounds["|dbias|"] = _sum_to(dS.abs(), shape)
+        if slopes is not None:
+            values["dslopes"] = -_head_sum(dS * distances[:, :, rows])
+            bounds["dslopes"] = _head_sum(
+                (err_dS + arithmetic.flush * visible) * distances[:, :, rows]
+            )
+            bounds["|dslopes|"] = _head_sum(dS.abs() * distances[:, :, rows])
+        if sink is not None:
+            P_sink = torch.exp(sink - finite_lse).masked_fill(~exists[:, :, rows], 0.0)[..., None]
+            err_sink = constants.bias * (of_sink.abs() + finite_lse.abs())[..., None]
+            err_sink = P_sink * torch.expm1(bound_lse[..., None] + exp_error + eps * err_sink)
+            values["dsinks"] = -_head_sum(P_sink * D)
+            bounds["dsinks"] = _head_sum(
+                P_sink * err_D + (err_sink + arithmetic.flush * (P_sink > 0)) * D.abs()
+            )
+            bounds["|dsinks|"] = _head_sum((P_sink * D).abs())
+        if softcap != 0.0:
+            err_dS = err_dS * derivative + dS.abs() * err_derivative
+            dS = dS * derivative
         err_dS = err_dS + u_operand * (dS.abs() + err_dS)
         err_dS = err_dS + tiny * visible
 
         values["dq"] = (scale * dS @ K).transpose(1, 2)
         values["dk"] = scale * dS.mT @ Q
-        values["dv"] = P.mT @ dO
+        values["dv"] = (P * M).mT @ dO
         more = (1 + u_result) * abs(scale)
         # dq alone is summed in memory, before it is scaled. An addition there flushes a term or the
         # sum, not both, and there are no more additions than terms.
@@ -265,7 +333,8 @@ def expected_with_bounds(
         bound_dQ = more * err_sum + tiny * (terms > 0).double()
         bounds["dq"] = bound_dQ.transpose(1, 2) + u_result * values["dq"].abs()
         bounds["dk"] = more * (err_dS + sum_q * dS.abs()).mT @ absQ
-        weight = u_operand * P + err_P + sum_q * P + tiny * visible
+        weight = (u_operand * P + err_P + (sum_q + eps_drop) * P) * M
+        weight = weight + max(1.0, drop_scale) * tiny * visible
         bounds["dv"] = (1 + u_result) * weight.mT @ absdO
         return values, bounds
 
@@ -278,6 +347,28 @@ def expected_with_bounds(
         values[name] = _sum_group(values[name], group)
         bounds[name] = _sum_group(bounds[name] + tiny * seen, group)
         bounds[name] += u_result * values[name].abs()
+    if "max_logit" in values:
+        exact = values["max_logit"]
+        bound = torch.maximum(bounds.pop("upper") - exact, exact - bounds.pop("lower"))
+        bounds["max_logit"] = bound.nan_to_num(nan=0.0) + arithmetic.flush
+    else:
+        values["max_logit"] = torch.full((heads,), -math.inf, dtype=torch.float64, device=q.device)
+        bounds["max_logit"] = torch.zeros_like(values["max_logit"])
+    pairs = mask.expand(batch, heads, seqlen_q, seqlen_k).sum(dim=(2, 3)).double()
+    for name, tensor, terms in (
+        ("dslopes", alibi_slopes, pairs),
+        ("dsinks", sinks, exists.expand(batch, heads, seqlen_q).sum(2).double()),
+    ):
+        if tensor is None or name not in values:
+            continue
+        value, error, magnitude = values[name], bounds[name], bounds.pop(f"|{name}|")
+        if tensor.dim() == 1:
+            value, error, magnitude, terms = (x.sum(0) for x in (value, error, magnitude, terms))
+        error = error + eps * (constants.of_sum(terms) + constants.bias) * magnitude
+        result = ARITHMETIC[tensor.dtype]
+        u_gradient = constants.result * result.storage
+        values[name] = value
+        bounds[name] = (1 + u_gradient) * error + u_gradient * value.abs() + result.tiny
     if "dbias" in values:
         values["dbias"], error, magnitude = (
             _sum_to(x, bias_shape)
@@ -310,6 +401,10 @@ def expected_of(
         dout if backward else None,
         dlse,
         attn_bias=inputs.bias,
+        softcap=case.softcap,
+        **inputs.terms,
+        dropout_p=case.dropout,
+        kept=kept_of(case),
         constants=constants,
         **case.mask_arguments,
         **inputs.visibility,
@@ -325,6 +420,19 @@ def expected_of(
             else:
                 results[name] = packings[name].pack(results[name], 0.0)
     return expected
+
+
+def dropout_generator(case: Case) -> torch.Generator:
+    return torch.Generator(case.device).manual_seed(case.seed)
+
+
+def kept_of(case: Case) -> Tensor | None:
+    """What dropout keeps in a call that draws from `dropout_generator`."""
+    if case.dropout == 0.0:
+        return None
+    state = lowlevel.new_rng_state(torch.device(case.device), dropout_generator(case))
+    shape = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
+    return lowlevel.dropout_mask(state, case.dropout, *shape)
 
 
 def error_ratio(actual: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
@@ -370,11 +478,15 @@ class Results:
     dk: Tensor | None = None
     dv: Tensor | None = None
     dbias: Tensor | None = None
+    dslopes: Tensor | None = None
+    dsinks: Tensor | None = None
+    max_logit: Tensor | None = None
 
 
 def run(case: Case, inputs: Inputs, *, backward: bool, poisoned: bool = True) -> Results:
     """The package's results, computed in memory that was NaN before if `poisoned`."""
     leaves = [x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]
+    names = ["dq", "dk", "dv"]
     arguments: dict[str, Any] = {**case.mask_arguments, **inputs.rules}
     function = flash_attn_cuda.flash_attn_varlen_func if case.varlen else flash_attn_func
     if inputs.bias is not None:
@@ -382,17 +494,33 @@ def run(case: Case, inputs: Inputs, *, backward: bool, poisoned: bool = True) ->
         arguments["attn_bias"] = inputs.bias.detach().requires_grad_(with_gradient)
         if with_gradient:
             leaves.append(arguments["attn_bias"])
+            names.append("dbias")
+    for name, term in inputs.terms.items():
+        arguments[name] = term.detach().requires_grad_(backward)
+        if backward:
+            leaves.append(arguments[name])
+            names.append({"alibi_slopes": "dslopes", "sinks": "dsinks"}[name])
+    if case.softcap != 0.0:
+        arguments["softcap"] = case.softcap
+    if case.dropout != 0.0:
+        arguments |= {"dropout_p": case.dropout, "generator": dropout_generator(case)}
     with poisoned_allocations() if poisoned else nullcontext():
-        out, lse = function(
-            *leaves[:3], deterministic=case.deterministic, return_lse=True, **arguments
+        out, lse, *more = function(
+            *leaves[:3],
+            deterministic=case.deterministic,
+            return_lse=True,
+            return_max_logit=case.max_logit,
+            **arguments,
         )
+        found = {"max_logit": more[0]} if case.max_logit else {}
         if not backward:
-            return Results(out, lse)
+            return Results(out, lse, **found)
         results, gradients = [out], [inputs.dout]
         if inputs.dlse is not None:
             results.append(lse)
             gradients.append(inputs.dlse)
-        return Results(out, lse, *torch.autograd.grad(results, leaves, gradients))
+        of_leaves = torch.autograd.grad(results, leaves, gradients)
+        return Results(out, lse, **found, **dict(zip(names, of_leaves, strict=True)))
 
 
 def check(case: Case, *, backward: bool) -> Results:
@@ -407,7 +535,7 @@ def check(case: Case, *, backward: bool) -> Results:
     expected = expected_of(case, inputs, backward=backward)
     for name, value in expected.values.items():
         actual = getattr(results, name)
-        if actual is None:  # of a bias that needs no gradient
+        if actual is None:  # of a bias that needs no gradient; the largest score that none needs
             continue
         _assert_dtype(name, actual, case, repeat)
         assert_within_bound(name, actual, value, expected.bounds[name], repeat)
@@ -428,8 +556,10 @@ def assert_bitwise_equal(name: str, actual: Tensor, expected: Tensor, repeat: st
 
 def _assert_dtype(name: str, actual: Tensor, case: Case, repeat: str) -> None:
     dtype = case.torch_dtype
-    if name == "lse" and dtype != torch.float64:
-        dtype = torch.float32
+    if name in ("lse", "max_logit"):
+        dtype = case.statistics_dtype
+    if name in ("dslopes", "dsinks"):
+        dtype = case.terms_dtype
     if name == "dbias" and case.bias_dtype is not None:
         dtype = getattr(torch, case.bias_dtype)
     if actual.dtype != dtype:
@@ -443,11 +573,34 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         tensors = [part[name] for part in parts]
         if len(parts) == 1:
             joined[name] = tensors[0]
-        elif name in ("dk", "dv"):  # dbias is summed at the end
+        elif name in ("max_logit", "upper", "lower"):
+            joined[name] = torch.stack(tensors).amax(dim=0)
+        elif name.strip("|") in ("dk", "dv", "dslopes", "dsinks"):  # dbias is summed at the end
             joined[name] = sum(tensors[1:], tensors[0])
         else:
             joined[name] = torch.cat(tensors, dim=1 if name in ("out", "dq") else 2)
     return joined
+
+
+def _places(
+    seqlen_q: int, seqlen_k: int, device: torch.device, visibility: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Which queries exist, (batch or 1, 1, seqlen_q), and how far each is from each key in ALiBi's
+    sense, (batch or 1, 1, seqlen_q, seqlen_k)."""
+    query, key = (torch.arange(n, device=device) for n in (seqlen_q, seqlen_k))
+    lengths = []
+    for name, seqlen in (("seqlens_q", seqlen_q), ("seqlens_k", seqlen_k)):
+        given = visibility.get(name)
+        given = torch.tensor([seqlen], device=device) if given is None else given
+        lengths.append(given.long()[:, None, None])
+    exists = query < lengths[0]
+    offset = (lengths[1] - lengths[0])[..., None]
+    return exists, (query[:, None] + offset - key).abs().double()
+
+
+def _head_sum(x: Tensor) -> Tensor:
+    """(batch, heads, ...) -> (batch, heads)."""
+    return x.flatten(2).sum(dim=2)
 
 
 def _row_sum(x: Tensor) -> Tensor:

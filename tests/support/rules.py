@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a case has beside q, k and v: lengths, packed sequences, biases and masks.
+"""What a case has beside q, k and v: lengths, packed sequences, biases, masks, slopes and sinks.
 
 A bias, mask or block mask is named by the dimensions that it has, of "bhqk": batch, heads, queries
 and keys. The others are broadcast, so "" is one number for all.
@@ -39,6 +39,12 @@ DOCUMENTS = (
     "",
     "runs",  # one after the other
     "shuffled",  # of a few, any for each row
+)
+SINKS = (
+    "",
+    "normal",
+    "large",  # above most scores, or far below them
+    "holes",  # -inf here and there
 )
 RULE_LAYOUTS = (
     "plain",
@@ -92,6 +98,7 @@ class Rules:
     packing_k: Packing | None
     bias: Tensor | None
     arguments: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def draw_rules(case: Case, generator: torch.Generator) -> Rules:
@@ -141,7 +148,8 @@ def draw_rules(case: Case, generator: torch.Generator) -> Rules:
             **visibility(arguments, used_q, used_k),
         )
         bias = _draw_bias(case, visible.expand(full["attn_bias"]), generator)
-    return Rules(used_q, used_k, packing_q, packing_k, bias, arguments)
+    terms = _draw_terms(case, generator)
+    return Rules(used_q, used_k, packing_q, packing_k, bias, arguments, terms)
 
 
 def visibility(
@@ -239,6 +247,23 @@ def _draw_bias(case: Case, visible: Tensor, generator: torch.Generator) -> Tenso
             visible = visible.any(dim, keepdim=True)
     bias = bias.masked_fill(~visible, math.nan)
     return bias.to(getattr(torch, case.bias_dtype or case.dtype))
+
+
+def _draw_terms(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    terms = {}
+    if case.alibi:
+        shape = (case.batch, case.heads)[-len(case.alibi) :]
+        slopes = 2.0 ** -(8 * torch.rand(shape, generator=generator, dtype=torch.float64))
+        terms["alibi_slopes"] = slopes.to(case.terms_dtype)
+    if case.sinks:
+        sinks = torch.randn(case.heads, generator=generator, dtype=torch.float64)
+        if case.sinks == "large":
+            sinks = 20 * sinks
+        if case.sinks == "holes":
+            is_hole = torch.rand(case.heads, generator=generator) < 0.5
+            sinks = sinks.masked_fill(is_hole, -math.inf)
+        terms["sinks"] = sinks.to(case.terms_dtype)
+    return terms
 
 
 def _broadcast(dims: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
