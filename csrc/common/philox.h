@@ -57,7 +57,8 @@ struct Dropout {
     return {rng_state, threshold, threshold == 0 ? 0 : static_cast<double>(kAll) / threshold};
   }
 
-  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr; }
+  // Whether anything may be dropped: not where dropout_p is too small for the bits.
+  FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr && threshold != kAll; }
 };
 
 // 16 bits for each of a patch's pairs.

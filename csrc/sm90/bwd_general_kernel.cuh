@@ -181,7 +181,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
         ptx::wgmma_pin(r_p.r[0]);
         ptx::wgmma_pin(r_ds.r[0]);
         if (drops) {
-          kept.keep(r_ds, terms.dropout.scale);
+          kept.keep(r_ds, static_cast<float>(terms.dropout.scale));
         }
         ColumnValues<Scores> delta;
         delta.load(s_statistics.delta);
@@ -293,7 +293,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     // Not kept in a register through the loop.
     const auto warpgroup_barrier = static_cast<int>(2 + ptx::opaque(warpgroup));
     if (drops) {
-      r_dv.scale(terms.dropout.scale);
+      r_dv.scale(static_cast<float>(terms.dropout.scale));
     }
     // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);

@@ -282,7 +282,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     v_at.advance();
 
     if (terms.dropout.any()) {
-      r_out.scale(terms.dropout.scale);
+      r_out.scale(static_cast<float>(terms.dropout.scale));
     }
     r_out.scale_rows(normalizer);
     const auto r_elements = device::to_operand<Element>(r_out);
