@@ -66,11 +66,12 @@ struct KernelConfig {
       return (tile_m + 4 * tile_n) * head_dim * element_bytes + exchange;
     }
     if (family == Family::kSm90) {
-      // The next k and v too, and ds twice, but no p. In wide rows p and ds twice, in general ones
-      // ds and a 16-bit bias, and no room for the next k and v; for its gradient both, but no ds.
+      // The next k and v too, and ds twice, but no p. In wide rows p, which a bias comes before,
+      // and ds twice, and where they are general a bit for each pair. In other general ones ds and
+      // a 16-bit bias, and no room for the next k and v; for its gradient both, but no ds.
       const int64_t with_next_keys = sm90_bwd_smem_bytes(4, 2);
       const int64_t with_scores = sm90_bwd_smem_bytes(2, 4);
-      return is_wide()                      ? with_scores
+      return is_wide()                      ? with_scores + pair_bits_bytes()
              : score == ScoreMode::kGeneral ? std::max(with_scores, with_next_keys)
                                             : with_next_keys;
     }
@@ -106,6 +107,10 @@ struct KernelConfig {
   }
 
  private:
+  // Of two tiles.
+  constexpr int64_t pair_bits_bytes() const {
+    return score == ScoreMode::kGeneral ? int64_t{2} * tile_m * tile_n / 8 : 0;
+  }
   static constexpr int64_t kSm90Room = int64_t{227} * 1024;
   constexpr int64_t bwd_statistics_bytes() const {
     return 4 * tile_m * static_cast<int64_t>(sizeof(float));
@@ -162,6 +167,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,   96, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kBFloat16, 128, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kFloat16,  128, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 192, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  192, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16, 256, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  256, kWindow, kGeneral,   64,   64, 16, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},

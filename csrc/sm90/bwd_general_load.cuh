@@ -29,11 +29,11 @@ FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
   }
 }
 
-// Loads the tiles of queries that see some of the keys, with dout, statistics and bias, or the bits
-// of mixed ones where there is no bias, and tells of each with its queries, by one warp. Before it
-// tells whether an item has any.
-template <typename Traits>
-FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTensorMaps& maps,
+// Loads the tiles of queries that see some of the keys, with dout, statistics and bias, and the
+// bits of mixed ones, unless a bias lies in their place, and tells of each with its queries, by one
+// warp. Before it tells whether an item has any.
+template <typename Traits, typename Maps>
+FA_DEVICE void load_visible_queries(const BwdParams& params, const Maps& maps,
                                     typename Traits::SharedMemory& s) {
   constexpr int kTileM = Traits::kTileM;
   constexpr int kBytesOfBits = kTileM * Traits::kTileN / 8;
@@ -75,14 +75,14 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
       const int batch = s_work.batch_of_queries(params);
       auto& s_q = s.q[at.stage()];
       auto& s_dout = s.dout[at.stage()];
-      auto& s_bias = s.bias[at.stage()];
+      auto& s_bias = s.bias_tile(at.stage());
       auto& s_statistics = s.statistics[at.stage()];
-      at.wait_empty(s.q_ring);
+      s.wait_for_room(at);
       if (ptx::lane_index() == 0) {
         s.told[at.stage()] = ToldTile::of(index, tile, is_mixed, tiles.done());
       }
-      const bool loads_bits =
-          is_mixed && params.pair_bits.words != nullptr && params.rules.bias.data == nullptr;
+      const bool has_room = Traits::kHasRoomForBits || params.rules.bias.data == nullptr;
+      const bool loads_bits = is_mixed && params.pair_bits.words != nullptr && has_room;
       const int bytes_of_bits = loads_bits ? kBytesOfBits : 0;
       const int bytes_of_bias = maps.loads_bias ? sizeof(s_bias) : 0;
       fill_stage(
@@ -98,7 +98,7 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
             }
             if (loads_bits) {
               ptx::bulk_load(
-                  s.bits(at.stage()),
+                  s.bits_of(at.stage()),
                   params.pair_bits.tile(s_work.tile.batch, tile.head, tile.tile, s_work.key_tile()),
                   kBytesOfBits, s_barrier);
             }

@@ -23,7 +23,7 @@
 #include "sm90/dbias_load.cuh"
 #include "sm90/dbias_store.cuh"
 #include "sm90/score_bias.cuh"
-#include "sm90/seen_queries.cuh"
+#include "sm90/seen_pairs_of_lane.cuh"
 
 namespace fa::sm90 {
 
@@ -115,7 +115,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
         r_sums.clear();
         place = {batch, head, query_tile / Traits::kTiles * Traits::kQueries, first_key};
       }
-      SeenQueries<Scores, kTileM> seen;
+      SeenPairsOfLane<Scores, true, kTileM> seen;
       if (is_told(ToldScores::kMixed)) {
         const PairBits& pairs = params.pair_bits;
         const uint32_t* words =  // of the warp's first key
