@@ -67,7 +67,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
   constexpr int kTileM = Traits::kTileM;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kBarrier = 1;
-  constexpr int kBiasAtOnce = 8;
+  constexpr int kBiasAtOnce = 4;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   const int warp_row = ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
@@ -75,6 +75,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
   const bool has_bias = rules.bias.data != nullptr;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = has_bias ? kLog2E : softmax_scale * kLog2E;  // what is left to do
+  const bool has_bits = params.pair_bits.words != nullptr;
   const bool is_deterministic = params.workspace.turns != nullptr;
 
   device::RingPosition<kWorkStages> work_at;
@@ -131,7 +132,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       Scores r_ds;  // dp, then ds
       device::issue_abt<kHeadDim>(r_ds, s_dout, 0, s.v);
       ptx::wgmma_commit();
-      // All these come before additions, behind which loads queue up.
+      // These too come before additions, behind which loads queue up.
       typename Scores::RowValues lse_log2;
       typename Scores::RowValues delta;
 #pragma unroll
@@ -139,14 +140,19 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
         lse_log2[row] = s_statistics.lse_log2[warp_row + Scores::row(row)];
         delta[row] = s_statistics.delta[warp_row + Scores::row(row)];
       }
-      const int warp_query = tile.tile() * kTileM + warp_row;
+      const ScoreOrigin origin = {s_work.tile.batch, tile.head, tile.tile() * kTileM + warp_row,
+                                  s_work.first_key};
       Seen seen;
       if (tile.is_mixed()) {
-        const uint32_t* words =  // of the warp's first query
-            params.pair_bits.words == nullptr ? nullptr
-                                              : s.bits_of(at.stage()) + warp_row * Seen::kWords;
-        seen.find(rules, s_work.prefix_window(),
-                  {s_work.tile.batch, tile.head, warp_query, s_work.first_key}, words);
+        seen.begin(s_work.prefix_window(), origin,
+                   has_bits ? s.bits_of(at.stage()) + warp_row * Seen::kWords : nullptr);
+      }
+      if (late >= 0) {
+        add_last_dq();
+      }
+      // These queue up, in want of registers.
+      if (tile.is_mixed()) {
+        seen.keep_data(rules, s_work.prefix_window(), origin, has_bits);
       }
       if (has_bias && !maps.loads_bias) {
         at.wait_empty(s.p_ring);
@@ -154,19 +160,15 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
           const BiasPart<false> bias = {rules,
-                                        s_work.tile.batch,
-                                        tile.head,
-                                        warp_query,
+                                        origin.batch,
+                                        origin.head,
+                                        origin.first_query,
                                         s_work.queries.length,
-                                        s_work.first_key + half * BiasHalf::kCols,
+                                        origin.first_key + half * BiasHalf::kCols,
                                         s_work.keys.length};
           bias.template load_of_lane<BiasHalf, kBiasAtOnce>(s.bias_of_lane(at.stage(), half));
         }
       }
-      if (late >= 0) {
-        add_last_dq();
-      }
-
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
       if (maps.loads_bias) {

@@ -23,10 +23,10 @@ struct WideGeneralBwdTraits : WideRowTraits<kRow> {
   static_assert(128 % Base::kTileM == 0 && 128 % Base::kTileN == 0);
 
   // A multiprocessor has 65536 registers, 128 for each thread. Those who load walk a map.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kScoreRegisters = 168;
-  static constexpr int kGradientRegisters = 152;
-  static_assert(kProducerRegisters + kScoreRegisters + 2 * kGradientRegisters <= 512);
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kScoreRegisters = 160;
+  static constexpr int kGradientRegisters = 160;
+  static_assert(kProducerRegisters + kScoreRegisters + 2 * kGradientRegisters <= 612);
 
   // Whether some query sees some of the keys is not known when they are loaded.
   static FA_DEVICE bool needs_keys(const BwdWork&) { return true; }

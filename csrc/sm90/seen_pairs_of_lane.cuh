@@ -28,24 +28,36 @@ class SeenPairsOfLane {
   // or null; the columns begin at first_of_tile of those that the words tell of.
   FA_DEVICE void find(const ScoreRules& rules, const PrefixWindow& window,
                       const ScoreOrigin& origin, const uint32_t* words, int first_of_tile = 0) {
+    begin(window, origin, words, first_of_tile);
+    keep_data(rules, window, origin, words != nullptr);
+  }
+
+  // In two steps: first all but what must be read from global memory,
+  FA_DEVICE void begin(const PrefixWindow& window, const ScoreOrigin& origin, const uint32_t* words,
+                       int first_of_tile = 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      keep_in_window(half, window, first_row(origin) + Scores::row(half), first_col(origin));
+    }
+    if (words != nullptr) {
+      keep_bits(words, first_of_tile);
+    }
+  }
+
+  // and then that.
+  FA_DEVICE void keep_data(const ScoreRules& rules, const PrefixWindow& window,
+                           const ScoreOrigin& origin, bool has_words) {
     const int end_query = window.window().seqlen_q();
     const int end_key = window.window().seqlen_k();
-    const int first_row = kTransposed ? origin.first_key : origin.first_query;
-    const int first_col = kTransposed ? origin.first_query : origin.first_key;
     const int end_row = kTransposed ? end_key : end_query;
     const int end_col = kTransposed ? end_query : end_key;
     const auto col_at = [&](int block, int i) {
-      return min(first_col + Scores::col(block, i), end_col - 1);
+      return min(first_col(origin) + Scores::col(block, i), end_col - 1);
     };
     int rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + Scores::row(half);
-      keep_in_window(half, window, row, first_col);
-      rows[half] = min(row, end_row - 1);
-    }
-    if (words != nullptr) {
-      keep_bits(words, first_of_tile);
+      rows[half] = min(first_row(origin) + Scores::row(half), end_row - 1);
     }
     if (rules.document_ids != nullptr) {
       const int32_t* g_ids = rules.document_ids + origin.batch * rules.document_stride;
@@ -64,7 +76,7 @@ class SeenPairsOfLane {
       if (mask.block_log2 >= kLargestTileLog2) {
         continue;  // one byte stands for the tile, and hidden tiles are not computed
       }
-      if (words != nullptr && PairBits::is_of(mask)) {
+      if (has_words && PairBits::is_of(mask)) {
         continue;
       }
       const int64_t row_stride = kTransposed ? mask.key_stride : mask.query_stride;
@@ -99,6 +111,13 @@ class SeenPairsOfLane {
   static constexpr int kBitsOfBlock = PairBits::kBitsOfWord * device::kBlockCols / kCols;
   static constexpr int kLargestTileLog2 = 7;  // of 128 queries or keys
   static_assert(Scores::kRowsPerThread == 2 && kBitsOfBlock >= 2 && Scores::kCols <= kCols);
+
+  static FA_DEVICE int first_row(const ScoreOrigin& origin) {
+    return kTransposed ? origin.first_key : origin.first_query;
+  }
+  static FA_DEVICE int first_col(const ScoreOrigin& origin) {
+    return kTransposed ? origin.first_query : origin.first_key;
+  }
 
   FA_DEVICE void keep_in_window(int half, const PrefixWindow& window, int row, int first_col) {
     const WindowMask& band = window.window();
