@@ -17,20 +17,21 @@ struct GeneralBwdWork : BwdWork {
   // Whether there is a tile that nothing hides. By the warp that loads queries, when it has looked.
   bool has_visible_tiles;
 
-  // By one warp.
+  // By one warp. What follows from the work is found out from where it lies: registers are few.
   FA_DEVICE void write(const BwdParams& params, const BwdWork& work) {
-    if (ptx::lane_index() != 0) {
-      return;
+    if (ptx::lane_index() == 0) {
+      static_cast<BwdWork&>(*this) = work;
     }
-    static_cast<BwdWork&>(*this) = work;
-    if (!work.is_end()) {
-      const PrefixWindow of_batch(params.rules, work.window, work.tile.batch);
-      const Range queries = of_batch.queries_seeing_any({work.first_key, work.first_key + kTileN});
+    __syncwarp();
+    if (ptx::lane_index() == 0 && !is_end()) {
+      const PrefixWindow of_batch(params.rules, window, tile.batch);
+      const Range queries_seeing = of_batch.queries_seeing_any({first_key, first_key + kTileN});
       prefix = of_batch.prefix();
-      heads.begin = work.tile.head * params.shape.group_size();
+      heads.begin = tile.head * params.shape.group_size();
       heads.end = heads.begin + params.shape.group_size();
-      query_tiles.begin = queries.begin / kTileM;
-      query_tiles.end = queries.empty() ? query_tiles.begin : ceil_div(queries.end, kTileM);
+      query_tiles.begin = queries_seeing.begin / kTileM;
+      query_tiles.end =
+          queries_seeing.empty() ? query_tiles.begin : ceil_div(queries_seeing.end, kTileM);
     }
   }
 
