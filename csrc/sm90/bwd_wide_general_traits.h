@@ -26,7 +26,7 @@ struct WideGeneralBwdTraits : WideRowTraits<kRow> {
   static constexpr int kProducerRegisters = 32;
   static constexpr int kScoreRegisters = 160;
   static constexpr int kGradientRegisters = 160;
-  static_assert(kProducerRegisters + kScoreRegisters + 2 * kGradientRegisters <= 612);
+  static_assert(kProducerRegisters + kScoreRegisters + 2 * kGradientRegisters <= 512);
 
   // Whether some query sees some of the keys is not known when they are loaded.
   static FA_DEVICE bool needs_keys(const BwdWork&) { return true; }
