@@ -29,13 +29,12 @@ FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
   }
 }
 
-// By one warp: loads a tile of queries, with dout, statistics and bias, and the bits of a mixed one,
-// unless a bias lies in their place. What is told of it says which one: from shared memory again
-// and again, for registers are few.
+// By one warp: loads a tile of queries, with dout, statistics and bias, and the bits of a mixed
+// one, unless a bias lies in their place. What is told of it says which one: from shared memory
+// again and again, for registers are few.
 template <typename Traits, typename Maps>
 FA_DEVICE void load_told_tile(const BwdParams& params, const Maps& maps,
-                              typename Traits::SharedMemory& s,
-                              const typename Traits::Work& s_work,
+                              typename Traits::SharedMemory& s, const typename Traits::Work& s_work,
                               const device::RingPosition<kBwdStages>& at, Landing& landing) {
   constexpr int kTileM = Traits::kTileM;
   constexpr int kBytesOfBits = kTileM * Traits::kTileN / 8;
@@ -119,8 +118,7 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const Maps& maps,
       if (ptx::lane_index() == 0) {
         const int64_t index =
             params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
-        s.told[at.stage()] =
-            ToldTile::of(static_cast<int>(index), tile, is_mixed, tiles.done());
+        s.told[at.stage()] = ToldTile::of(static_cast<int>(index), tile, is_mixed, tiles.done());
       }
       __syncwarp();
       load_told_tile<Traits>(params, maps, s, s_work, at, landing);

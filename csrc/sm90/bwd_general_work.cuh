@@ -124,8 +124,8 @@ class VisibleQueryTiles {
 
   const TileMap& map_;
   const Work& s_work_;
-  QueryTile next_;   // the first one not looked at
-  TileClass ahead_;  // of this lane's next one
+  QueryTile next_;        // the first one not looked at
+  TileClass ahead_;       // of this lane's next one
   uint32_t visible_ = 0;  // of those looked at, as bits
   uint32_t mixed_ = 0;
 };

@@ -75,7 +75,6 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
   const bool has_bias = rules.bias.data != nullptr;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const float scale_log2 = has_bias ? kLog2E : softmax_scale * kLog2E;  // what is left to do
-  const bool has_bits = params.pair_bits.words != nullptr;
   const bool is_deterministic = params.workspace.turns != nullptr;
 
   device::RingPosition<kWorkStages> work_at;
@@ -143,17 +142,20 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       const ScoreOrigin origin = {s_work.tile.batch, tile.head, tile.tile() * kTileM + warp_row,
                                   s_work.first_key};
       Seen seen;
-      if (tile.is_mixed()) {
-        seen.begin(s_work.prefix_window(), origin,
-                   has_bits ? s.bits_of(at.stage()) + warp_row * Seen::kWords : nullptr);
-      }
+      const auto find_seen = [&]<SeenBy kBy>() {
+        if (tile.is_mixed()) {
+          const uint32_t* words =  // of the warp's first query
+              params.pair_bits.words == nullptr ? nullptr
+                                                : s.bits_of(at.stage()) + warp_row * Seen::kWords;
+          seen.template find<kBy>(rules, s_work.prefix_window(), origin, words);
+        }
+      };
+      find_seen.template operator()<SeenBy::kWindowAndWords>();
       if (late >= 0) {
         add_last_dq();
       }
-      // These queue up, in want of registers.
-      if (tile.is_mixed()) {
-        seen.keep_data(rules, s_work.prefix_window(), origin, has_bits);
-      }
+      // Data queue up: there are registers for them now.
+      find_seen.template operator()<SeenBy::kData>();
       if (has_bias && !maps.loads_bias) {
         at.wait_empty(s.p_ring);
         at.wait_empty(s.ds_ring);

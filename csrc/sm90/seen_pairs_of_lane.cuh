@@ -15,6 +15,9 @@ struct ScoreOrigin {
   int first_key;
 };
 
+// All rules, or some first and the others later: the data are read from global memory.
+enum class SeenBy { kAll, kWindowAndWords, kData };
+
 // Of a warp's 16 queries and some keys or, transposed, its 16 keys and some queries. A lane has a
 // word for each of its two rows, and in it a bit for each of its columns, the pairs of a block of 8
 // at equal distances. kCols: of the tile that the columns are some of, or all.
@@ -23,41 +26,35 @@ class SeenPairsOfLane {
  public:
   static constexpr int kWords = kCols / PairBits::kBitsOfWord;  // of a row
 
-  // Of all rules. Queries and keys past the end are not seen, and the last one's memory is read in
-  // their place. words: of the warp's first row, what stands for the mask that PairBits::is_of(),
-  // or null; the columns begin at first_of_tile of those that the words tell of.
+  // Queries and keys past the end are not seen, and the last one's memory is read in their place.
+  // words: of the warp's first row, what stands for the mask that PairBits::is_of(), or null; the
+  // columns begin at first_of_tile of those that the words tell of.
+  template <SeenBy kBy = SeenBy::kAll>
   FA_DEVICE void find(const ScoreRules& rules, const PrefixWindow& window,
                       const ScoreOrigin& origin, const uint32_t* words, int first_of_tile = 0) {
-    begin(window, origin, words, first_of_tile);
-    keep_data(rules, window, origin, words != nullptr);
-  }
-
-  // In two steps: first all but what must be read from global memory,
-  FA_DEVICE void begin(const PrefixWindow& window, const ScoreOrigin& origin, const uint32_t* words,
-                       int first_of_tile = 0) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      keep_in_window(half, window, first_row(origin) + Scores::row(half), first_col(origin));
-    }
-    if (words != nullptr) {
-      keep_bits(words, first_of_tile);
-    }
-  }
-
-  // and then that.
-  FA_DEVICE void keep_data(const ScoreRules& rules, const PrefixWindow& window,
-                           const ScoreOrigin& origin, bool has_words) {
     const int end_query = window.window().seqlen_q();
     const int end_key = window.window().seqlen_k();
+    const int first_row = kTransposed ? origin.first_key : origin.first_query;
+    const int first_col = kTransposed ? origin.first_query : origin.first_key;
     const int end_row = kTransposed ? end_key : end_query;
     const int end_col = kTransposed ? end_query : end_key;
     const auto col_at = [&](int block, int i) {
-      return min(first_col(origin) + Scores::col(block, i), end_col - 1);
+      return min(first_col + Scores::col(block, i), end_col - 1);
     };
     int rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      rows[half] = min(first_row(origin) + Scores::row(half), end_row - 1);
+      const int row = first_row + Scores::row(half);
+      if (kBy != SeenBy::kData) {
+        keep_in_window(half, window, row, first_col);
+      }
+      rows[half] = min(row, end_row - 1);
+    }
+    if (kBy != SeenBy::kData && words != nullptr) {
+      keep_bits(words, first_of_tile);
+    }
+    if (kBy == SeenBy::kWindowAndWords) {
+      return;
     }
     if (rules.document_ids != nullptr) {
       const int32_t* g_ids = rules.document_ids + origin.batch * rules.document_stride;
@@ -76,11 +73,11 @@ class SeenPairsOfLane {
       if (mask.block_log2 >= kLargestTileLog2) {
         continue;  // one byte stands for the tile, and hidden tiles are not computed
       }
-      if (has_words && PairBits::is_of(mask)) {
+      if (words != nullptr && PairBits::is_of(mask)) {
         continue;
       }
-      const int64_t row_stride = kTransposed ? mask.key_stride : mask.query_stride;
-      const int64_t col_stride = kTransposed ? mask.query_stride : mask.key_stride;
+      const int64_t& row_stride = kTransposed ? mask.key_stride : mask.query_stride;
+      const int64_t& col_stride = kTransposed ? mask.query_stride : mask.key_stride;
       const uint8_t* g_mask = mask.of_head<const uint8_t>(origin.batch, origin.head);
       const uint8_t* g_rows[2];
 #pragma unroll
@@ -111,13 +108,6 @@ class SeenPairsOfLane {
   static constexpr int kBitsOfBlock = PairBits::kBitsOfWord * device::kBlockCols / kCols;
   static constexpr int kLargestTileLog2 = 7;  // of 128 queries or keys
   static_assert(Scores::kRowsPerThread == 2 && kBitsOfBlock >= 2 && Scores::kCols <= kCols);
-
-  static FA_DEVICE int first_row(const ScoreOrigin& origin) {
-    return kTransposed ? origin.first_key : origin.first_query;
-  }
-  static FA_DEVICE int first_col(const ScoreOrigin& origin) {
-    return kTransposed ? origin.first_query : origin.first_key;
-  }
 
   FA_DEVICE void keep_in_window(int half, const PrefixWindow& window, int row, int first_col) {
     const WindowMask& band = window.window();
