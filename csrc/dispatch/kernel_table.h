@@ -68,12 +68,13 @@ struct KernelConfig {
     if (family == Family::kSm90) {
       // The next k and v too, and ds twice, but no p. In wide rows p, which a bias comes before,
       // and ds twice, and where they are general a bit for each pair. In other general ones ds and
-      // a 16-bit bias, and no room for the next k and v; for its gradient both, but no ds.
-      const int64_t with_next_keys = sm90_bwd_smem_bytes(4, 2);
+      // a 16-bit bias, and no room for the next k and v.
       const int64_t with_scores = sm90_bwd_smem_bytes(2, 4);
-      return is_wide()                      ? with_scores + pair_bits_bytes()
-             : score == ScoreMode::kGeneral ? std::max(with_scores, with_next_keys)
-                                            : with_next_keys;
+      if (score == ScoreMode::kGeneral) {
+        return std::max(with_scores + (is_wide() ? 2 * tile_m * tile_n / 8 : 0),
+                        sm90_dbias_smem_bytes());
+      }
+      return is_wide() ? with_scores : sm90_bwd_smem_bytes(4, 2);
     }
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
            bwd_statistics_bytes();
@@ -84,6 +85,12 @@ struct KernelConfig {
     return int64_t{2} * (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
                          tiles_of_scores * tile_m * tile_n) +
            bwd_statistics_bytes() + kSm90ControlBytes;
+  }
+
+  // For the gradient of a bias: a bias twice, but no ds; and the next k and v, if there is room.
+  constexpr int dbias_key_stages() const { return sm90_bwd_smem_bytes(4, 2) <= kSm90Room ? 2 : 1; }
+  constexpr int64_t sm90_dbias_smem_bytes() const {
+    return sm90_bwd_smem_bytes(2 * dbias_key_stages(), 2);
   }
 
   // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
@@ -107,10 +114,6 @@ struct KernelConfig {
   }
 
  private:
-  // Of two tiles.
-  constexpr int64_t pair_bits_bytes() const {
-    return score == ScoreMode::kGeneral ? int64_t{2} * tile_m * tile_n / 8 : 0;
-  }
   static constexpr int64_t kSm90Room = int64_t{227} * 1024;
   constexpr int64_t bwd_statistics_bytes() const {
     return 4 * tile_m * static_cast<int64_t>(sizeof(float));

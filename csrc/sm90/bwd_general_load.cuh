@@ -9,7 +9,8 @@
 
 namespace fa::sm90 {
 
-// As of the plain kernel, and a bias in boxes of a tile's queries, if it comes by TMA.
+// As of the plain kernel, and a bias in boxes of a tile's queries, if it comes by TMA. Wide rows
+// have no maps of dk and dv.
 struct GeneralBwdTensorMaps : BwdTensorMaps {
   CUtensorMap bias;
   bool loads_bias;
@@ -32,8 +33,8 @@ FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
 // By one warp: loads a tile of queries, with dout, statistics and bias, and the bits of a mixed
 // one, unless a bias lies in their place. What is told of it says which one: from shared memory
 // again and again, for registers are few.
-template <typename Traits, typename Maps>
-FA_DEVICE void load_told_tile(const BwdParams& params, const Maps& maps,
+template <typename Traits>
+FA_DEVICE void load_told_tile(const BwdParams& params, const GeneralBwdTensorMaps& maps,
                               typename Traits::SharedMemory& s, const typename Traits::Work& s_work,
                               const device::RingPosition<kBwdStages>& at, Landing& landing) {
   constexpr int kTileM = Traits::kTileM;
@@ -82,8 +83,8 @@ FA_DEVICE void load_told_tile(const BwdParams& params, const Maps& maps,
 
 // Loads the tiles of queries that see some of the keys, and tells of each with its queries, by one
 // warp. Before it tells whether an item has any.
-template <typename Traits, typename Maps>
-FA_DEVICE void load_visible_queries(const BwdParams& params, const Maps& maps,
+template <typename Traits>
+FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTensorMaps& maps,
                                     typename Traits::SharedMemory& s) {
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> at;

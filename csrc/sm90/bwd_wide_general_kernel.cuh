@@ -38,12 +38,6 @@
 
 namespace fa::sm90 {
 
-// As of the plain kernel, and a bias in boxes of a tile's queries, if it comes by TMA.
-struct WideGeneralBwdTensorMaps : WideBwdTensorMaps {
-  CUtensorMap bias;
-  bool loads_bias;
-};
-
 // Whether there are more tiles of queries for those who sum dv and dk, by what is told of each.
 struct ToldTiles {
   const ToldTile (&s_told)[kBwdStages];
@@ -58,7 +52,7 @@ struct ToldTiles {
 // Warpgroup 1.
 template <typename Traits>
 FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
-                                            const WideGeneralBwdTensorMaps& maps,
+                                            const GeneralBwdTensorMaps& maps,
                                             typename Traits::SharedMemory& s) {
   using Element = typename Traits::Element;
   using Scores = typename Traits::Scores;
@@ -103,8 +97,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
 
     typename Traits::LastDq r_last_dq;
     r_last_dq.clear();
-    int late =
-        -1;  // index of the tile before, of which the last share is still to be added; if any
+    int late = -1;  // index of the tile before, of which a share is still to be added; if any
     const auto add_last_dq = [&] {
       add_dq<Traits>(dq_lane<Traits>(params.workspace.dq_sum(late), 1), 1, r_last_dq);
       if (is_deterministic) {
@@ -253,7 +246,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     flash_bwd_wide_general_sm90(const __grid_constant__ BwdParams params,
-                                const __grid_constant__ WideGeneralBwdTensorMaps maps,
+                                const __grid_constant__ GeneralBwdTensorMaps maps,
                                 const Schedule schedule) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   auto& s = device::shared_memory<typename Traits::SharedMemory>();

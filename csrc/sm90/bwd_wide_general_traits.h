@@ -78,7 +78,8 @@ struct WideGeneralBwdTraits : WideRowTraits<kRow> {
     }
   };
   static_assert(sizeof(ScoreTile) == Base::kWarpgroupWarps * kFloatsOfBiasHalf * sizeof(float));
-  static_assert(sizeof(SharedMemory) == Base::kConfig.smem_bytes());
+  static_assert(sizeof(SharedMemory) == Base::kConfig.sm90_bwd_smem_bytes(2, 4) +
+                                            kBwdStages * kWordsOfBits * sizeof(uint32_t));
 };
 
 }  // namespace fa::sm90

@@ -244,10 +244,17 @@ template <int kRow>
 void launch_gradients(WideGeneralBwdTraits<kRow>*, const BwdParams& params,
                       const Schedule& schedule, void* stream) {
   using Traits = WideGeneralBwdTraits<kRow>;
-  const WideGeneralBwdTensorMaps maps = {
-      make_wide_maps<Traits>(params),
+  const WideBwdTensorMaps tiles = make_wide_maps<Traits>(params);
+  const GeneralBwdTensorMaps maps = {
+      {.q = tiles.q, .k = tiles.k, .v = tiles.v, .dout = tiles.dout},
       make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
       tma_takes(params.rules, Traits::kConfig.dtype)};
+  if (params.dbias.data != nullptr) {
+    launch_bias_gradient<DbiasTraits<kRow>>(params, maps, stream);
+    // From here on as the main kernel has its scores, which are not transposed.
+    support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
+                            stream);
+  }
   support::launch_persistent<flash_bwd_wide_general_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_wide_general_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
@@ -274,8 +281,11 @@ KernelResources gradients_resources(WideBwdTraits<kRow>*) {
 template <int kRow>
 KernelResources gradients_resources(WideGeneralBwdTraits<kRow>*) {
   using Traits = WideGeneralBwdTraits<kRow>;
-  return support::resources_of(flash_bwd_wide_general_sm90<Traits>,
-                               sizeof(typename Traits::SharedMemory));
+  using Dbias = DbiasTraits<kRow>;
+  return support::larger(
+      support::resources_of(flash_bwd_wide_general_sm90<Traits>,
+                            sizeof(typename Traits::SharedMemory)),
+      support::resources_of(flash_dbias_sm90<Dbias>, sizeof(typename Dbias::SharedMemory)));
 }
 
 template <typename Traits>
@@ -289,10 +299,11 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
                         shape.num_heads_kv),
       Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
   // The main kernel waits for the one before it alone, which begins when bits and map are there.
-  support::fill_pair_bits(
-      params, Traits::kTileM, Traits::kTileN,
-      Traits::kTransposesScores ? support::BitRows::kKeys : support::BitRows::kQueries,
-      context.stream);
+  // The gradient of a bias comes first, if any, and its scores are transposed in all rows.
+  const bool are_transposed = Traits::kTransposesScores || params.dbias.data != nullptr;
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN,
+                          are_transposed ? support::BitRows::kKeys : support::BitRows::kQueries,
+                          context.stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
   launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
