@@ -88,6 +88,7 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
                                     typename Traits::SharedMemory& s) {
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> at;
+  device::RingPosition<1> may_take_at;
   Landing landing = {s.landings[1]};
   for (;; work_at.advance()) {
     work_at.wait(s.work_ring);
@@ -101,7 +102,7 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
       if (is_time && !may_take) {
         may_take = true;
         if (ptx::lane_index() == 0) {
-          work_at.template in_ring_of<1>().fill(s.may_take);
+          may_take_at.fill(s.may_take);
         }
       }
     };

@@ -17,21 +17,21 @@ struct GeneralBwdWork : BwdWork {
   // Whether there is a tile that nothing hides. By the warp that loads queries, when it has looked.
   bool has_visible_tiles;
 
-  // By one warp. What follows from the work is found out from where it lies: registers are few.
+  // By one warp.
   FA_DEVICE void write(const BwdParams& params, const BwdWork& work) {
-    if (ptx::lane_index() == 0) {
-      static_cast<BwdWork&>(*this) = work;
+    if (ptx::lane_index() != 0) {
+      return;
     }
-    __syncwarp();
-    if (ptx::lane_index() == 0 && !is_end()) {
-      const PrefixWindow of_batch(params.rules, window, tile.batch);
-      const Range queries_seeing = of_batch.queries_seeing_any({first_key, first_key + kTileN});
+    static_cast<BwdWork&>(*this) = work;
+    if (!work.is_end()) {
+      const PrefixWindow of_batch(params.rules, work.window, work.tile.batch);
+      const Range any =  // as of_batch.queries_seeing_any() has it
+          work.first_key < of_batch.prefix() ? Range{0, work.queries.length} : work.seeing;
       prefix = of_batch.prefix();
-      heads.begin = tile.head * params.shape.group_size();
+      heads.begin = work.tile.head * params.shape.group_size();
       heads.end = heads.begin + params.shape.group_size();
-      query_tiles.begin = queries_seeing.begin / kTileM;
-      query_tiles.end =
-          queries_seeing.empty() ? query_tiles.begin : ceil_div(queries_seeing.end, kTileM);
+      query_tiles.begin = any.begin / kTileM;
+      query_tiles.end = any.empty() ? query_tiles.begin : ceil_div(any.end, kTileM);
     }
   }
 

@@ -22,7 +22,8 @@
 //   to add to dq, in a deterministic pass added         warpgroup 1   warp 3, in a deterministic
 //   pass
 // The last six have a stage for each tile of queries and advance together. A stage of q is filled
-// when those of q, dout and p are free: warpgroup 2 reads what is told, but does not release q.
+// when that of dout is free too, and with it that of p: there a bias comes, and warpgroup 2, which
+// does not release q, reads what is told.
 //
 // Deterministic: as in the general kernel of narrower rows.
 #pragma once
@@ -147,7 +148,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       if (late >= 0) {
         add_last_dq();
       }
-      // Data queue up: there are registers for them now.
+      // What is read from global memory queues up: there are no registers for it before.
       find_seen.template operator()<SeenBy::kData>();
       if (has_bias && !maps.loads_bias) {
         at.wait_empty(s.p_ring);
@@ -164,6 +165,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
           bias.template load_of_lane<BiasHalf, kBiasAtOnce>(s.bias_of_lane(at.stage(), half));
         }
       }
+
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
       if (maps.loads_bias) {

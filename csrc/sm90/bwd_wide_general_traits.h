@@ -60,12 +60,11 @@ struct WideGeneralBwdTraits : WideRowTraits<kRow> {
     ToldTile told[kBwdStages];
     Work work[kWorkStages];
 
-    // For what comes with a tile of queries, until q_ring is filled. Beside q, the bias comes to
-    // where p will be, and the warpgroup of dv reads what is told: it releases p and dout.
+    // For what comes with a tile of queries, until q_ring is filled: the bias comes to where p will
+    // be, and those who sum dv read what is told. They release first p and then dout.
     FA_DEVICE void wait_for_room(const device::RingPosition<kBwdStages>& at) {
       at.wait_empty(q_ring);
       at.wait_empty(dout_ring);
-      at.wait_empty(p_ring);
     }
     FA_DEVICE ScoreTile& bias_tile(int stage) { return p[stage]; }
     FA_DEVICE uint32_t* bits_of(int stage) { return bits[stage]; }
