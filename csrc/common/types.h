@@ -16,8 +16,9 @@ enum class Pass { kForward, kBackward };
 // kFull: every query sees every key. kWindow: a bottom-right aligned band; causal is one such band.
 enum class MaskMode { kFull, kWindow };
 
-// kPlain: scores are softmax_scale * q k^T. kGeneral: with the rules of common/score_rules.h.
-enum class ScoreMode { kPlain, kGeneral };
+// kPlain: scores are softmax_scale * q k^T. kRules: with the rules of common/score_rules.h, but for
+// softcap and dropout. kGeneral: with all of them.
+enum class ScoreMode { kPlain, kRules, kGeneral };
 
 // A set of kernels that share an instruction set; see dispatch/kernel_table.h.
 enum class Family { kCpu, kSm80, kSm90 };

@@ -21,7 +21,7 @@ struct KernelConfig {
   Dtype dtype;
   int head_dim;     // the largest this row runs, of q, k and v; smaller ones are zero-filled
   MaskMode mask;    // a kWindow row runs full attention too
-  ScoreMode score;  // a kGeneral row runs plain scores too
+  ScoreMode score;  // each row runs those of simpler ones too
   int tile_m;       // queries
   int tile_n;       // keys
   int warps;        // of a thread block; 0 on the CPU
@@ -70,7 +70,7 @@ struct KernelConfig {
       // and ds twice, and where they are general a bit for each pair. In other general ones ds and
       // a 16-bit bias, and no room for the next k and v.
       const int64_t with_scores = sm90_bwd_smem_bytes(2, 4);
-      if (score == ScoreMode::kGeneral) {
+      if (score != ScoreMode::kPlain) {
         return std::max(with_scores + (is_wide() ? 2 * tile_m * tile_n / 8 : 0),
                         sm90_dbias_smem_bytes());
       }
@@ -95,11 +95,11 @@ struct KernelConfig {
 
   // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
   constexpr bool reads_pair_bits() const {
-    return family == Family::kSm90 && score == ScoreMode::kGeneral;
+    return family == Family::kSm90 && score != ScoreMode::kPlain;
   }
 
-  // Whether its kernel has the terms of common/score_terms.h.
-  constexpr bool has_score_terms() const { return family == Family::kCpu; }
+  // Whether its kernel has softcap and dropout.
+  constexpr bool has_score_terms() const { return score == ScoreMode::kGeneral; }
 
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.
@@ -112,8 +112,10 @@ struct KernelConfig {
   std::string name() const {
     return std::string("flash_") + name_of(pass) + "_" + name_of(family) + "_" + name_of(dtype) +
            "_d" + std::to_string(head_dim) + "_" + name_of(mask) +
-           (score == ScoreMode::kGeneral ? "_general" : "") + "_" + std::to_string(tile_m) + "x" +
-           std::to_string(tile_n);
+           (score == ScoreMode::kPlain   ? ""
+            : score == ScoreMode::kRules ? "_rules"
+                                         : "_general") +
+           "_" + std::to_string(tile_m) + "x" + std::to_string(tile_n);
   }
 
  private:
@@ -122,7 +124,7 @@ struct KernelConfig {
     return 4 * tile_m * static_cast<int64_t>(sizeof(float));
   }
   constexpr int64_t sm90_smem_bytes(int tiles_of_q, int tiles_of_k) const {
-    const int64_t pairs = score == ScoreMode::kGeneral ? int64_t{tile_m} * tile_n : 0;
+    const int64_t pairs = score != ScoreMode::kPlain ? int64_t{tile_m} * tile_n : 0;
     return int64_t{2} * (tiles_of_q * tile_m + 2 * tiles_of_k * tile_n) * smem_cols() + 2 * pairs +
            pairs / 8 + kSm90ControlBytes;
   }
@@ -167,16 +169,23 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,  192, kWindow, kPlain,     64,   64, 16, 1},
   {kSm90, kBackward, kBFloat16, 256, kWindow, kPlain,     64,   64, 16, 1},
   {kSm90, kBackward, kFloat16,  256, kWindow, kPlain,     64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16,  64, kWindow, kRules,    128,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   64, kWindow, kRules,    128,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16,  96, kWindow, kRules,     64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,   96, kWindow, kRules,     64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 128, kWindow, kRules,     64,  128, 12, 1},
+  {kSm90, kBackward, kFloat16,  128, kWindow, kRules,     64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 192, kWindow, kRules,     64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  192, kWindow, kRules,     64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16, 256, kWindow, kRules,     64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  256, kWindow, kRules,     64,   64, 16, 1},
+  // dp first, and then what becomes of scores: slower.
   {kSm90, kBackward, kBFloat16,  64, kWindow, kGeneral,  128,  128, 12, 1},
   {kSm90, kBackward, kFloat16,   64, kWindow, kGeneral,  128,  128, 12, 1},
   {kSm90, kBackward, kBFloat16,  96, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kFloat16,   96, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kBFloat16, 128, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kFloat16,  128, kWindow, kGeneral,   64,  128, 12, 1},
-  {kSm90, kBackward, kBFloat16, 192, kWindow, kGeneral,   64,   64, 16, 1},
-  {kSm90, kBackward, kFloat16,  192, kWindow, kGeneral,   64,   64, 16, 1},
-  {kSm90, kBackward, kBFloat16, 256, kWindow, kGeneral,   64,   64, 16, 1},
-  {kSm90, kBackward, kFloat16,  256, kWindow, kGeneral,   64,   64, 16, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},

@@ -53,7 +53,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kMathThreads = Traits::kMathThreads;
   constexpr int kMathBarrier = 1;
-  constexpr bool kEarly = Traits::kHasTerms;
+  constexpr bool kEarly = Traits::kHasTerms;  // dp is waited for before scores are finished
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   constexpr int kFirstTurn = 2 + Traits::kMathWarpgroups;  // the barriers after those
@@ -141,8 +141,9 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       const int first_query = tile.tile() * kTileM;
       KeptQueries<Scores> kept;
       if (kEarly && drops) {
-        kept.find(DropoutOfHead(terms.dropout, s_work.tile.batch, tile.head, params.shape.num_heads),
-                  first_query, first_key + warp_row);
+        kept.find(
+            DropoutOfHead(terms.dropout, s_work.tile.batch, tile.head, params.shape.num_heads),
+            first_query, first_key + warp_row);
       }
       Scores r_p;
       ptx::wgmma_fence();

@@ -11,6 +11,8 @@ namespace fa::sm90 {
 template <int kRow>
 struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Base = NarrowBwdTraits<kRow>;
+  // Softcap and dropout: then dp is waited for before scores are finished.
+  static constexpr bool kHasTerms = Base::kConfig.has_score_terms();
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;

@@ -34,7 +34,9 @@
 #include "sm90/bwd_wide_general_traits.h"
 #include "sm90/bwd_wide_gradient.cuh"
 #include "sm90/bwd_wide_load.cuh"
+#include "sm90/kept_pairs.cuh"
 #include "sm90/score_bias.cuh"
+#include "sm90/score_terms.cuh"
 #include "sm90/seen_pairs_of_lane.cuh"
 
 namespace fa::sm90 {
@@ -69,7 +71,9 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
   const ScoreRules& rules = params.rules;
   const bool has_bias = rules.bias.data != nullptr;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
-  const float scale_log2 = has_bias ? kLog2E : softmax_scale * kLog2E;  // what is left to do
+  const bool has_alibi = rules.terms.alibi.data != nullptr;
+  const float scale_log2 =  // what is left to do
+      has_bias || has_alibi ? kLog2E : softmax_scale * kLog2E;
   const bool is_deterministic = params.workspace.turns != nullptr;
 
   device::RingPosition<kWorkStages> work_at;
@@ -168,13 +172,19 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
 
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
+      float scale = softmax_scale;
+      if (has_alibi) {
+        add_alibi<false>(r_p, scale, rules.terms.alibi.at<const float>(origin.batch, origin.head),
+                         origin.first_query + s_work.window.offset() - origin.first_key);
+        scale = 1.0f;
+      }
       if (maps.loads_bias) {
-        add_bias(r_p, softmax_scale, s.bias_tile(at.stage()), warp_row);
+        add_bias(r_p, scale, s.bias_tile(at.stage()), warp_row);
       } else if (has_bias) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          add_bias_of_lane<BiasHalf::kColBlocks>(
-              r_p, softmax_scale, s.bias_of_lane(at.stage(), half), half * BiasHalf::kColBlocks);
+          add_bias_of_lane<BiasHalf::kColBlocks>(r_p, scale, s.bias_of_lane(at.stage(), half),
+                                                 half * BiasHalf::kColBlocks);
         }
       }
       r_p.transform([&](float score, int row, int, int) {

@@ -24,7 +24,9 @@
 #include "sm90/column_values.cuh"
 #include "sm90/dbias_load.cuh"
 #include "sm90/dbias_store.cuh"
+#include "sm90/kept_pairs.cuh"
 #include "sm90/score_bias.cuh"
+#include "sm90/score_terms.cuh"
 #include "sm90/seen_pairs_of_lane.cuh"
 
 namespace fa::sm90 {
@@ -46,6 +48,10 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
   const int warp_row = warpgroup_row + ptx::uniform(thread / ptx::kWarpSize) * device::kBlockRows;
   const ScoreRules& rules = params.rules;
   const auto softmax_scale = static_cast<float>(params.softmax_scale);
+  const ScoreTerms& terms = rules.terms;
+  const bool has_alibi = terms.alibi.data != nullptr;
+  const bool caps = Traits::kHasTerms && terms.softcap != 0;
+  const bool drops = Traits::kHasTerms && terms.dropout.any();
   float* s_bias_of_lane = s.floats_of_warp(warp_row) + ptx::lane_index();
 
   DbiasSums<Scores, Traits::kParts> r_sums;
@@ -109,6 +115,11 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       // Else where rows lie would be kept in registers, one for each step of the products.
       const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
+      KeptQueries<Scores> kept;
+      if (drops) {
+        kept.find(DropoutOfHead(terms.dropout, batch, head, params.shape.num_heads), first_query,
+                  first_key + warp_row);
+      }
       Scores r_p;
       ptx::wgmma_fence();
       device::issue_abt<kHeadDim>(r_p, s_keys.k, key_row, s.q[at.stage()], row);
@@ -153,18 +164,28 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
 
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_p.r[0]);
+      float scale = softmax_scale;
+      if (caps) {
+        cap_scores(r_p, {static_cast<float>(terms.softcap), softmax_scale});
+        scale = 1.0f;
+      }
+      if (has_alibi) {
+        add_alibi<true>(r_p, scale, terms.alibi.at<const float>(batch, head),
+                        first_query + s_told.window.offset() - first_key - warp_row);
+        scale = 1.0f;
+      }
       if (is_last) {
         __syncwarp();  // all lanes have read what is told of the tile
         at.release(s.q_ring);
       }
       if (maps.loads_bias) {
         const int stage = is_told(ToldScores::kSecondBiasStage) ? 1 : 0;
-        add_transposed_bias(r_p, softmax_scale, s.bias[stage], row, warp_row);
+        add_transposed_bias(r_p, scale, s.bias[stage], row, warp_row);
         if (is_last && is_told(ToldScores::kFreesBias)) {
           release_bias(1u << stage);
         }
       } else {
-        add_bias_of_lane<Scores::kColBlocks>(r_p, softmax_scale, s_bias_of_lane);
+        add_bias_of_lane<Scores::kColBlocks>(r_p, scale, s_bias_of_lane);
       }
       ColumnValues<Scores> lse_log2;
       lse_log2.load(s_statistics.lse_log2 + row);
@@ -179,6 +200,9 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       delta.load(s_statistics.delta + row);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_ds.r[0]);
+      if (drops) {
+        kept.keep(r_ds, static_cast<float>(terms.dropout.scale));
+      }
       r_ds.transform([&](float dp, int, int block, int i) {
         return r_p.r[0][block][i] * (dp - delta.of(block, i));
       });

@@ -38,6 +38,7 @@ struct DbiasTraits : DbiasBase<kRow> {
   // Scores are computed of so many queries at a time; a tile of the gradient is two such parts, of
   // one tile of the row or of two.
   static constexpr int kPartQueries = 64;
+  static constexpr bool kHasTerms = table::kRows[kRow].has_score_terms();  // softcap and dropout
   static constexpr int kParts = 2;
   static constexpr int kQueries = kParts * kPartQueries;
   static constexpr int kPartsOfTile = Base::kTileM / kPartQueries;

@@ -124,10 +124,9 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       }
       if (has_alibi) {
         const WindowMask& window = s_work.window;
-        add_alibi<false>(
-            r_scores, scale,
-            terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head),
-            warp_query + window.offset() - key_tile.tile() * kTileN);
+        add_alibi<false>(r_scores, scale,
+                         terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head),
+                         warp_query + window.offset() - key_tile.tile() * kTileN);
         scale = 1.0f;
       }
       if (maps.loads_bias) {
@@ -138,8 +137,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
         bias_at.release(s.bias_ring[warpgroup]);
         bias_at.advance();
       } else if (has_bias) {
-        add_bias(r_scores, scale,
-                 Traits::SharedMemory::floats_in(s.bias[warpgroup], row_of_warp),
+        add_bias(r_scores, scale, Traits::SharedMemory::floats_in(s.bias[warpgroup], row_of_warp),
                  {rules, s_work.tile.batch, s_work.tile.head, warp_query, s_work.queries.length,
                   key_tile.tile() * kTileN, s_work.keys.length});
       } else if (scales_scores && scale != 1.0f) {

@@ -71,10 +71,12 @@ class KeptQueries {
         const PhiloxCounter right = dropout.patch(first + 1, key).bits;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t of_left = is_second ? half == 0 ? left.y : left.w
-                                             : half == 0 ? left.x : left.z;
-          const uint32_t of_right = is_second ? half == 0 ? right.y : right.w
-                                              : half == 0 ? right.x : right.z;
+          const uint32_t of_left = is_second   ? half == 0 ? left.y : left.w
+                                   : half == 0 ? left.x
+                                               : left.z;
+          const uint32_t of_right = is_second   ? half == 0 ? right.y : right.w
+                                    : half == 0 ? right.x
+                                                : right.z;
 #pragma unroll
           for (int row = 0; row < 2; ++row) {
             const uint32_t values = join_halves(of_left, of_right, row);

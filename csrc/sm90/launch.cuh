@@ -332,12 +332,12 @@ struct Registration {
   void operator()() const {
     RegisteredKernel& kernel = registry().kernels[kRow];
     if constexpr (kPass == Pass::kForward) {
-      using Traits = std::conditional_t<table::kRows[kRow].score == ScoreMode::kGeneral,
+      using Traits = std::conditional_t<table::kRows[kRow].score != ScoreMode::kPlain,
                                         GeneralFwdTraits<kRow>, FwdTraits<kRow>>;
       kernel.forward = launch_forward<Traits>;
       kernel.resources = forward_resources<Traits>;
     } else {
-      constexpr bool kIsGeneral = table::kRows[kRow].score == ScoreMode::kGeneral;
+      constexpr bool kIsGeneral = table::kRows[kRow].score != ScoreMode::kPlain;
       using NarrowTraits = std::conditional_t<kIsGeneral, GeneralBwdTraits<kRow>, BwdTraits<kRow>>;
       using WideTraits =
           std::conditional_t<kIsGeneral, WideGeneralBwdTraits<kRow>, WideBwdTraits<kRow>>;

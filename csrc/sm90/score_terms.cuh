@@ -33,9 +33,8 @@ class Softcap {
 // Products become scores.
 template <typename Scores>
 FA_DEVICE void cap_scores(Scores& r_scores, const Softcap& softcap) {
-  r_scores.transform([&](float product, int, int, int) {
-    return softcap.score(softcap.complement(product));
-  });
+  r_scores.transform(
+      [&](float product, int, int, int) { return softcap.score(softcap.complement(product)); });
 }
 
 // The same, and gradients of scores become those of products: but for softmax_scale.
