@@ -374,9 +374,15 @@ __global__ void seen_pairs_kernel(const __grid_constant__ ScoreRules rules, Wind
     found.keep_masks(rules, 1, 2);
     return found;
   });
-  if (g_bits != nullptr) {
+  const KeepMask& mask = rules.masks[0];
+  if (PairBits::is_of(mask)) {
     sm90::SeenPairsOfWarpgroup<kKeys> of_mask;
-    of_mask.load(g_bits);
+    if (g_bits != nullptr) {
+      of_mask.load(g_bits);
+    } else {
+      of_mask.load(mask, mask.of_head<const uint8_t>(1, 2) + mask.offset(first_query, first_key),
+                   window.seqlen_q() - first_query, window.seqlen_k() - first_key);
+    }
     seen.keep(of_mask);
   }
   if (rules.document_ids != nullptr) {
@@ -399,15 +405,16 @@ __global__ void seen_pairs_kernel(const __grid_constant__ ScoreRules rules, Wind
 }
 
 template <int kKeys>
-void test_seen_pairs(const MapCase& test) {
+void test_seen_pairs(const MapCase& test, bool has_bits) {
   constexpr int kQueries = 64;
   const Rules rules(test, g_random);
   const ScoreRules view = rules.view();
   const Shape& shape = test.shape;
   const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
   const Visibility visibility(view, window, 1, 2);
-  PairBits bits = PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k,
-                               kQueries, kKeys);
+  PairBits bits = has_bits ? PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q,
+                                          shape.seqlen_k, kQueries, kKeys)
+                           : PairBits{};
   Managed<uint32_t> words(bits.count + 1);
   if (bits.count > 0) {
     bits.words = words.data;
@@ -434,7 +441,9 @@ void test_seen_pairs(const MapCase& test) {
       }
     }
   }
-  report(concat("pairs seen, ", test.name, ", of ", kKeys, " keys: ", seen), wrong, count);
+  report(concat("pairs seen, ", test.name, has_bits ? "" : " of bytes", ", of ", kKeys,
+                " keys: ", seen),
+         wrong, count);
 }
 
 const MapCase kSeenCases[] = {
@@ -443,6 +452,8 @@ const MapCase kSeenCases[] = {
     {"documents", {2, 3, 1, 300, 300, 64, 64}, {.documents = 2}},
     {"many documents, causal", {2, 3, 1, 300, 300, 64, 64}, {.documents = 40}, -1, 0},
     {"a mask", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{}}}},
+    {"a mask, queries last", {2, 3, 1, 150, 301, 64, 64}, {.masks = {{.queries_last = true}}}},
+    {"a mask of rows that overlap", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.step = 1}}}},
     {"a mask of queries", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.over = {.key = true}}}}},
     {"a mask of keys", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.over = {.query = true}}}}},
     {"a mask of all",
@@ -470,8 +481,10 @@ int main() {
       test_tile_map(test, 32, 112);
     }
     for (const MapCase& test : kSeenCases) {
-      test_seen_pairs<64>(test);
-      test_seen_pairs<128>(test);
+      for (const bool has_bits : {false, true}) {
+        test_seen_pairs<64>(test, has_bits);
+        test_seen_pairs<128>(test, has_bits);
+      }
     }
     test_scores<device::Accumulator<16, 64>>("whole rows");
     test_scores<device::Accumulator<32, 32>>("two blocks of rows");
