@@ -60,21 +60,24 @@ class TensorMaps {
 };
 
 // Whether TMA can bring a bias: one of the inputs' dtype, with rows of consecutive keys that begin
-// at multiples of 16 bytes.
-inline bool tma_takes(const ScoreRules& rules, Dtype dtype) {
+// at multiples of 16 bytes and do not overlap, which a tensor map is not said to describe.
+inline bool tma_takes(const ScoreRules& rules, const Shape& shape, Dtype dtype) {
   constexpr int64_t kElements = 8;
   const ScoreTensor& bias = rules.bias;
+  const auto takes = [&](int64_t stride) {
+    return stride % kElements == 0 && stride >= max(shape.seqlen_k, 1);
+  };
   return bias.data != nullptr && rules.bias_dtype == dtype && bias.key_stride == 1 &&
-         reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && bias.query_stride > 0 &&
-         bias.query_stride % kElements == 0 && bias.head_stride % kElements == 0 &&
-         bias.batch_stride % kElements == 0;
+         reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && takes(bias.query_stride) &&
+         (bias.head_stride == 0 || takes(bias.head_stride)) &&
+         (bias.batch_stride == 0 || takes(bias.batch_stride));
 }
 
 // In boxes of so many queries; of nothing where TMA does not take it.
 inline CUtensorMap make_bias_map(const ScoreRules& rules, const Shape& shape, Dtype dtype,
                                  int box_rows) {
   const ScoreTensor& bias = rules.bias;
-  const bool takes = tma_takes(rules, dtype);
+  const bool takes = tma_takes(rules, shape, dtype);
   return make_tensor_map(
       {.view = {bias.data, bias.batch_stride, bias.query_stride, bias.head_stride},
        .dtype = dtype,
@@ -146,7 +149,7 @@ void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* st
       GeneralFwdTensorMaps{
           make_forward_maps<Traits>(params),
           make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, device::kWarpgroupRows),
-          tma_takes(params.rules, Traits::kConfig.dtype)},
+          tma_takes(params.rules, params.shape, Traits::kConfig.dtype)},
       schedule);
 }
 
@@ -212,7 +215,7 @@ void launch_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Sc
   const GeneralBwdTensorMaps maps = {
       make_narrow_maps<Traits>(params),
       make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
-      tma_takes(params.rules, Traits::kConfig.dtype)};
+      tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
   if (params.dbias.data != nullptr) {
     launch_bias_gradient<DbiasTraits<kRow>>(params, maps, stream);
   }
