@@ -126,7 +126,8 @@ Schedule make_forward_schedule(const FwdParams& params, void* stream) {
                        Traits::kTileM, false, stream);
 }
 
-// The kernel of the plain rows and that of the general ones.
+// The kernel of the plain rows and that of the general ones. What may fail, schedules and tensor
+// maps, comes before the first launch here as in the backward pass, so that no work is half done.
 template <int kRow>
 void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = FwdTraits<kRow>;
@@ -139,18 +140,17 @@ void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
 template <int kRow>
 void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = GeneralFwdTraits<kRow>;
+  const Schedule schedule = make_forward_schedule<Traits>(params, stream);
+  const GeneralFwdTensorMaps maps = {
+      make_forward_maps<Traits>(params),
+      make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, device::kWarpgroupRows),
+      tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
   support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
                           stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
-  const Schedule schedule = make_forward_schedule<Traits>(params, stream);
   support::launch_persistent<flash_fwd_general_sm90<Traits>>(
       "flash_fwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params,
-      GeneralFwdTensorMaps{
-          make_forward_maps<Traits>(params),
-          make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, device::kWarpgroupRows),
-          tma_takes(params.rules, params.shape, Traits::kConfig.dtype)},
-      schedule);
+      sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
 }
 
 template <int kRow>
@@ -185,58 +185,79 @@ BwdTensorMaps make_narrow_maps(const BwdParams& params) {
           .dv = maps.of_keys(params.dv, shape.head_dim_v, device::kWarpgroupRows)};
 }
 
-// Waits for the kernel before it as the main one does, which then waits for this one.
 template <typename Traits>
-void launch_bias_gradient(const BwdParams& params, const GeneralBwdTensorMaps& maps, void* stream) {
+WideBwdTensorMaps make_wide_maps(const BwdParams& params) {
+  const Shape& shape = params.shape;
+  const TensorMaps maps(params, Traits::kConfig.dtype);
+  return {.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
+          .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+          .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+          .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM)};
+}
+
+// The work of the gradient of a bias; none where nobody asks for it.
+struct DbiasWork {
+  DbiasTiles tiles;
+  Schedule schedule;
+};
+
+template <typename Traits>
+DbiasWork make_dbias_work(const BwdParams& params, void* stream) {
+  if (params.dbias.data == nullptr) {
+    return {};
+  }
   const Shape& shape = params.shape;
   const DbiasTiles tiles = DbiasTiles::of(shape, params.dbias, Traits::kQueries, Traits::kTileN,
                                           support::multiprocessors());
-  const Schedule schedule = make_schedule(params, "attn_bias", tiles.schedule(shape, params.dbias),
-                                          tiles.strip * Traits::kQueries, false, stream);
-  support::launch_persistent<flash_dbias_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_dbias_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params, maps, tiles, schedule);
+  return {tiles, make_schedule(params, "attn_bias", tiles.schedule(shape, params.dbias),
+                               tiles.strip * Traits::kQueries, false, stream)};
 }
 
-// The main kernel of the narrow rows, plain and general, and that of the wide ones.
+// Waits for the kernel before it as the main one does, which then waits for this one.
+template <typename Traits>
+void launch_bias_gradient(const BwdParams& params, const GeneralBwdTensorMaps& maps,
+                          const DbiasWork& work, void* stream) {
+  support::launch_persistent<flash_dbias_sm90<Traits>, support::Begin::kBesidePrevious>(
+      "flash_dbias_sm90", work.schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), stream, params, maps, work.tiles, work.schedule);
+}
+
+// How to launch the main kernel of the narrow rows, plain and general, and that of the wide ones.
 template <int kRow>
-void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
-                      void* stream) {
+auto prepare_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                       void* stream) {
   using Traits = BwdTraits<kRow>;
-  support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params, make_narrow_maps<Traits>(params),
-      schedule);
+  return [=, &params, maps = make_narrow_maps<Traits>(params)] {
+    support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
+        "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
 }
 template <int kRow>
-void launch_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
-                      void* stream) {
+auto prepare_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                       void* stream) {
   using Traits = GeneralBwdTraits<kRow>;
   const GeneralBwdTensorMaps maps = {
       make_narrow_maps<Traits>(params),
       make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
       tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
-  if (params.dbias.data != nullptr) {
-    launch_bias_gradient<DbiasTraits<kRow>>(params, maps, stream);
-  }
-  support::launch_persistent<flash_bwd_general_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_bwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  using Dbias = DbiasTraits<kRow>;
+  return [=, &params, work = make_dbias_work<Dbias>(params, stream)] {
+    launch_bias_gradient<Dbias>(params, maps, work, stream);
+    support::launch_persistent<flash_bwd_general_sm90<Traits>, support::Begin::kBesidePrevious>(
+        "flash_bwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
 }
 template <int kRow>
-void launch_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
-                      void* stream) {
+auto prepare_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                       void* stream) {
   using Traits = WideBwdTraits<kRow>;
-  const Shape& shape = params.shape;
-  const TensorMaps maps(params, Traits::kConfig.dtype);
-  support::launch_persistent<flash_bwd_wide_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params,
-      WideBwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
-                        .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
-                        .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
-                        .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM)},
-      schedule);
+  return [=, &params, maps = make_wide_maps<Traits>(params)] {
+    support::launch_persistent<flash_bwd_wide_sm90<Traits>, support::Begin::kBesidePrevious>(
+        "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
 }
 
 template <int kRow>
@@ -268,12 +289,14 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
       support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
                         shape.num_heads_kv),
       Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
+  const auto launch_gradients =
+      prepare_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
   // The main kernel waits for the one before it alone, which begins when bits and map are there.
   support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kKeys,
                           context.stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
-  launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
+  launch_gradients();
   support::launch<flash_bwd_dq_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_dq_sm90", params, query_tiles, Traits::kDqThreads, kDqSmemBytes<Traits>,
       context.stream);
