@@ -199,7 +199,7 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
           of_mask.load(mask,
                        mask.of_head<const uint8_t>(item.batch, item.head) +
                            mask.offset(first_query, first_key),
-                       s_work.queries.length - first_query, s_work.keys.length - first_key);
+                       params.shape.seqlen_q - first_query, params.shape.seqlen_k - first_key);
         }
         if (has_documents) {
           documents.load_keys(g_ids(), tiles.tile() * kTileN, s_work.keys.length);

@@ -233,12 +233,13 @@ class SeenPairsOfWarpgroup {
     }
   }
 
-  // The same of its bytes, where it has no bits: each lane reads its rows. g_first: of the first of
-  // so many queries and keys that exist.
+  // The same words from its bytes, where it has no bits: each lane reads its rows. g_first: of the
+  // first of so many queries and keys that the tensors have.
   FA_DEVICE void load(const KeepMask& mask, const uint8_t* g_first, int queries, int keys) {
 #pragma unroll 1
     for (int half = 0; half < kHalves; ++half) {
-      const uint8_t* g_byte = g_first + min(row_of(half), queries - 1) * mask.query_stride;
+      const uint8_t* g_byte = g_first + row_of(half) * mask.query_stride;
+      const int keys_of_row = row_of(half) < queries ? keys : 0;
 #pragma unroll
       for (int word = 0; word < kWords; ++word) {  // the half before it moves up
         words_[0][word] = words_[1][word];
@@ -247,7 +248,7 @@ class SeenPairsOfWarpgroup {
       for (int key = 0; key < kKeys; key += kWords) {
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
-          const bool is_seen = key + word < keys && __ldg(g_byte) != 0;
+          const bool is_seen = key + word < keys_of_row && __ldg(g_byte) != 0;
           words_[1][word] = words_[1][word] >> 1 | static_cast<uint32_t>(is_seen) << 31;
           g_byte += mask.key_stride;
         }

@@ -190,6 +190,24 @@ def test_masks_that_hide_nothing(device: str, head_dim: int, dtype: str) -> None
 
 
 @on_head_dims
+def test_a_mask_means_the_same_as_bits_and_as_bytes(device: str, head_dim: int) -> None:
+    """Of few queries in many heads Hopper's kernels read bytes, and of one batch entry bits."""
+    shape = {"batch": 4, "heads": 48, "heads_kv": 6, "seqlen_q": 5, "seqlen_k": 1000}
+    case = _case(device, head_dim, dtype="bfloat16", bias=None, mask="bhqk", **shape)
+    inputs = make_inputs(case)
+    together = run(case, inputs, backward=True)
+    for b in range(case.batch):
+        one = slice(b, b + 1)
+        alone = dataclasses.replace(
+            inputs,
+            **{name: getattr(inputs, name)[one] for name in ("q", "k", "v", "dout", "dlse")},
+            rules={"attn_mask": inputs.rules["attn_mask"][one]},
+        )
+        part = Results(*(x if x is None else x[one] for x in vars(together).values()))
+        _assert_same_bits(case, run(case, alone, backward=True), part)
+
+
+@on_head_dims
 @pytest.mark.parametrize("step", [1, 8])  # with 8, rows begin at multiples of 16 bytes
 def test_rows_of_biases_and_masks_may_overlap(device: str, head_dim: int, step: int) -> None:
     case = _case(device, head_dim, dtype="bfloat16", bias="hqk", mask="hqk", causal=True)

@@ -225,10 +225,10 @@ inline std::vector<Case> head_dim_v_cases() {
   };
 }
 
-// Tiles of keys by the hundred, so that every block of Hopper's kernels has several.
+// Tiles of keys by the hundred, so that every block of Hopper's kernels for backward has several.
 inline std::vector<Case> rules_in_many_tiles() {
   std::vector<Case> cases;
-  for (const int head_dim : {64, 128}) {
+  for (const int head_dim : {64, 128, 256}) {
     const std::vector<Case> of_head_dim = {
         {.name = "mask, several tiles of keys for each block",
          .shape = {6, 48, 24, 200, 200, head_dim},
