@@ -72,10 +72,8 @@ struct PairBits {
     int64_t bytes = 1;
     int64_t extent = 1;  // from the first to behind the last
     for (const auto& [stride, size] : dimensions) {
-      if (stride > 0) {
-        extent += stride * max(size - 1, 0);
-        bytes = min(bytes * size, extent);
-      }
+      extent += stride * max(size - 1, 0);
+      bytes = min(bytes * size, extent);
     }
     return bytes;
   }
