@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators: check, choose a row, allocate, launch.
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -124,15 +125,62 @@ Tensor add_workspace(BwdParams& params, const Argument& q, const KernelConfig& c
   return memory;
 }
 
-// A result of as many columns as kernels write, and filled where they leave rows as they are.
-Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& cols,
-                  const Call& call) {
-  Tensor result = empty({rows.sizes[0], rows.sizes[1], heads.sizes[2], kernel_head_dim(cols)}, rows,
-                        dtype_of(rows));
-  if (call.leaves_rows()) {
-    torch::stable::zero_(result);
+// A result of as many columns as kernels write.
+Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& cols) {
+  return empty({rows.sizes[0], rows.sizes[1], heads.sizes[2], kernel_head_dim(cols)}, rows,
+               dtype_of(rows));
+}
+
+// A (batch, rows, heads, head_dim) result on CUDA, for fill_on_cuda().
+LeftRows left_rows(const Tensor& result, const Sequences& sequences, const Call& call) {
+  constexpr int64_t kElementsOfWord = 2;
+  return {.sequences = sequences,
+          .batch = call.shape.batch,
+          .rows = static_cast<int>(result.size(1)),
+          .planes = 1,
+          .words_of_row = result.size(2) * result.size(3) / kElementsOfWord,
+          .words = static_cast<uint32_t*>(result.mutable_data_ptr()),
+          .value = 0};
+}
+
+// The same of softmax_lse, (batch, heads, rows), whose rows see no key.
+LeftRows left_statistics(const Tensor& softmax_lse, const Call& call) {
+  return {.sequences = call.sequences.queries,
+          .batch = call.shape.batch,
+          .rows = static_cast<int>(softmax_lse.size(2)),
+          .planes = static_cast<int>(softmax_lse.size(1)),
+          .words_of_row = 1,
+          .words = static_cast<uint32_t*>(softmax_lse.mutable_data_ptr()),
+          .value = std::bit_cast<uint32_t>(-std::numeric_limits<float>::infinity())};
+}
+
+// What kernels leave of their results as it was: out 0 and softmax_lse -inf; gradients 0.
+void fill_left_rows(Tensor& out, Tensor& softmax_lse, const Argument& q, const Call& call) {
+  if (!call.leaves_rows()) {
+    return;
   }
-  return result;
+  if (q.device.is_cpu()) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(softmax_lse, -std::numeric_limits<double>::infinity());
+  } else {
+    fill_on_cuda({left_rows(out, call.sequences.queries, call), left_statistics(softmax_lse, call)},
+                 q);
+  }
+}
+void fill_left_rows(Tensor& dq, Tensor& dk, Tensor& dv, const Argument& q, const Call& call) {
+  if (!call.leaves_rows()) {
+    return;
+  }
+  if (q.device.is_cpu()) {
+    for (Tensor* gradient : {&dq, &dk, &dv}) {
+      torch::stable::zero_(*gradient);
+    }
+  } else {
+    fill_on_cuda(
+        {left_rows(dq, call.sequences.queries, call), left_rows(dk, call.sequences.keys, call),
+         left_rows(dv, call.sequences.keys, call)},
+        q);
+  }
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, const Argument& v,
@@ -141,12 +189,10 @@ std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, con
   const int head_dim_v = call.shape.head_dim_v;
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
-  const Tensor out = empty_rows(q, q, v, call);
-  const Tensor softmax_lse =
+  Tensor out = empty_rows(q, q, v);
+  Tensor softmax_lse =
       empty({q.sizes[0], q.sizes[2], q.sizes[1]}, q, statistics_dtype(dtype_of(q)));
-  if (call.leaves_rows()) {
-    torch::stable::fill_(softmax_lse, -std::numeric_limits<double>::infinity());
-  }
+  fill_left_rows(out, softmax_lse, q, call);
   if (softmax_lse.numel() > 0 && call.shape.batch > 0) {
     const Tensor q_readable = readable(q);
     const Tensor k_readable = readable(k);
@@ -186,9 +232,10 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
   const auto [head_dim, head_dim_v] = std::pair(call.shape.head_dim, call.shape.head_dim_v);
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
-  Tensor dq = empty_rows(q, q, q, call);
-  Tensor dk = empty_rows(k, k, q, call);
-  Tensor dv = empty_rows(k, k, v, call);
+  Tensor dq = empty_rows(q, q, q);
+  Tensor dk = empty_rows(k, k, q);
+  Tensor dv = empty_rows(k, k, v);
+  fill_left_rows(dq, dk, dv, q, call);
   if ((dq.numel() > 0 || dk.numel() > 0) && call.shape.batch > 0) {
     const Tensor q_readable = readable(q);
     const Tensor k_readable = readable(k);

@@ -89,6 +89,12 @@ void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, co
   registry().clean_sequences_on_cuda(&queries, &keys, current_cuda_stream(q.device.index()));
 }
 
+void fill_on_cuda(std::initializer_list<LeftRows> results, const Argument& q) {
+  const torch::stable::accelerator::DeviceGuard guard(q.device.index());
+  registry().fill_left_rows_on_cuda(results.begin(), static_cast<int>(results.size()),
+                                    current_cuda_stream(q.device.index()));
+}
+
 void launch(const FwdParams& params, const Argument& q, int row) {
   launch_row(registry().kernels[row].forward, params, q);
 }

@@ -3,6 +3,8 @@
 // torch's CPU threads.
 #pragma once
 
+#include <initializer_list>
+
 #include "api/tensors.h"
 #include "dispatch/select.h"
 
@@ -21,6 +23,9 @@ Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const Wind
 
 // common/clean_sequences.h on the device of q.
 void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, const Argument& q);
+
+// common/left_rows.h on the device of q.
+void fill_on_cuda(std::initializer_list<LeftRows> results, const Argument& q);
 
 void launch(const FwdParams& params, const Argument& q, int row);
 void launch(const BwdParams& params, const Argument& q, int row);

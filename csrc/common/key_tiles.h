@@ -38,22 +38,28 @@ FA_HOST_DEVICE constexpr int usual_length(const Sequences& sequences, int batch,
 
 // Heads whose tiles are taken together, the longest first: equal groups with work for all `blocks`
 // twice over, so that there is little to wait for at the end. For short sequences once over: they
-// wait for memory, and have the tensors of fewer heads in L2. Where all tiles are equally long, a
-// head at a time. tiles: more than 0. Params: of a pass.
+// wait for memory, and have the tensors of fewer heads in L2. Of packed sequences and documents the
+// last ones are what is waited for: of them the tiles of a group should be for all blocks at once.
+// Where all tiles are equally long, a head at a time. tiles: more than 0. Params: of a pass.
 template <typename Params>
 FA_HOST_DEVICE constexpr int head_group(const Params& params, const TileScheduler& tiles,
                                         int blocks) {
   constexpr int kShort = 1024;
-  const auto equal_lengths = [](const Sequences& sequences) {
-    return sequences.cu_seqlens == nullptr && sequences.seqused == nullptr;
-  };
-  if (params.window.is_full() && equal_lengths(params.queries) && equal_lengths(params.keys)) {
+  constexpr int kUsualDocuments = 8;  // of a sequence: only the device knows
+  const Shape& shape = params.shape;
+  const bool packed = params.queries.cu_seqlens != nullptr;
+  const bool documents = params.rules.document_ids != nullptr;
+  const bool equal_lengths =
+      !packed && params.queries.seqused == nullptr && params.keys.seqused == nullptr;
+  if (params.window.is_full() && equal_lengths && !documents) {
     return 1;
   }
-  const int seqlen_k = usual_length(params.keys, params.shape.batch, params.shape.seqlen_k);
+  const int parts = packed ? shape.batch : documents ? kUsualDocuments : 1;
+  const bool once = parts > 1 || shape.seqlen_k < kShort;
   const int64_t all_heads = int64_t{tiles.heads} * tiles.batch;
-  const int64_t items_of_group = int64_t{blocks} * (seqlen_k < kShort ? 1 : 2);
-  const int64_t groups = (tiles.count() + items_of_group / 2) / items_of_group;
+  const int64_t items_of_group = int64_t{blocks} * (once ? 1 : 2);
+  const int64_t items = all_heads * ceil_div(tiles.tiles, max(parts, 1));
+  const int64_t groups = (items + items_of_group / 2) / items_of_group;
   return static_cast<int>(ceil_div(all_heads, max(groups, int64_t{1})));
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/clean_sequences.h"
+#include "common/left_rows.h"
 #include "common/params.h"
 #include "dispatch/kernel_table.h"
 
@@ -56,6 +57,9 @@ struct Registry {
   // common/clean_sequences.h on a stream of the current device; either may be null. Set like it.
   void (*clean_sequences_on_cuda)(const GivenSequences* queries, const GivenSequences* keys,
                                   void* stream) = nullptr;
+  // common/left_rows.h, of up to kMostResults of one batch. Set like it.
+  static constexpr int kMostResults = 3;
+  void (*fill_left_rows_on_cuda)(const LeftRows* results, int count, void* stream) = nullptr;
   int cuda_version = 0;  // of the toolkit, as CUDART_VERSION; 0 in a build without CUDA
 
   // The vector instructions that the CPU kernels chose on this machine, for example "avx2".

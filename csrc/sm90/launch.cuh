@@ -12,6 +12,7 @@
 #include "dispatch/registry.h"
 #include "sm90/bwd_general_kernel.cuh"
 #include "sm90/bwd_kernel.cuh"
+#include "sm90/bwd_wide_general_kernel.cuh"
 #include "sm90/bwd_wide_kernel.cuh"
 #include "sm90/dbias_kernel.cuh"
 #include "sm90/fwd_general_kernel.cuh"
@@ -259,6 +260,29 @@ auto prepare_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Sche
         sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
   };
 }
+template <int kRow>
+auto prepare_gradients(WideGeneralBwdTraits<kRow>*, const BwdParams& params,
+                       const Schedule& schedule, void* stream) {
+  using Traits = WideGeneralBwdTraits<kRow>;
+  const WideBwdTensorMaps tiles = make_wide_maps<Traits>(params);
+  const GeneralBwdTensorMaps maps = {
+      {.q = tiles.q, .k = tiles.k, .v = tiles.v, .dout = tiles.dout},
+      make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
+      tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
+  using Dbias = DbiasTraits<kRow>;
+  return [=, &params, work = make_dbias_work<Dbias>(params, stream)] {
+    launch_bias_gradient<Dbias>(params, maps, work, stream);
+    if (params.dbias.data != nullptr) {
+      // From here on as the main kernel has its scores, which are not transposed.
+      support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
+                              stream);
+    }
+    support::launch_persistent<flash_bwd_wide_general_sm90<Traits>,
+                               support::Begin::kBesidePrevious>(
+        "flash_bwd_wide_general_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
+}
 
 template <int kRow>
 KernelResources gradients_resources(BwdTraits<kRow>*) {
@@ -278,6 +302,15 @@ KernelResources gradients_resources(WideBwdTraits<kRow>*) {
   using Traits = WideBwdTraits<kRow>;
   return support::resources_of(flash_bwd_wide_sm90<Traits>, sizeof(typename Traits::SharedMemory));
 }
+template <int kRow>
+KernelResources gradients_resources(WideGeneralBwdTraits<kRow>*) {
+  using Traits = WideGeneralBwdTraits<kRow>;
+  using Dbias = DbiasTraits<kRow>;
+  return support::larger(
+      support::resources_of(flash_bwd_wide_general_sm90<Traits>,
+                            sizeof(typename Traits::SharedMemory)),
+      support::resources_of(flash_dbias_sm90<Dbias>, sizeof(typename Dbias::SharedMemory)));
+}
 
 template <typename Traits>
 void launch_backward(const BwdParams& params, const LaunchContext& context) {
@@ -292,7 +325,10 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
   const auto launch_gradients =
       prepare_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
   // The main kernel waits for the one before it alone, which begins when bits and map are there.
-  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kKeys,
+  // The gradient of a bias comes first, if any, and its scores are transposed in all rows.
+  const bool are_transposed = Traits::kTransposesScores || params.dbias.data != nullptr;
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN,
+                          are_transposed ? support::BitRows::kKeys : support::BitRows::kQueries,
                           context.stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
@@ -329,8 +365,9 @@ struct Registration {
     } else {
       constexpr bool kIsGeneral = table::kRows[kRow].score == ScoreMode::kGeneral;
       using NarrowTraits = std::conditional_t<kIsGeneral, GeneralBwdTraits<kRow>, BwdTraits<kRow>>;
-      using Traits =
-          std::conditional_t<table::kRows[kRow].is_wide(), WideBwdTraits<kRow>, NarrowTraits>;
+      using WideTraits =
+          std::conditional_t<kIsGeneral, WideGeneralBwdTraits<kRow>, WideBwdTraits<kRow>>;
+      using Traits = std::conditional_t<table::kRows[kRow].is_wide(), WideTraits, NarrowTraits>;
       kernel.backward = launch_backward<Traits>;
       kernel.resources = backward_resources<Traits>;
     }

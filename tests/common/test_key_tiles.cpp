@@ -144,6 +144,29 @@ FwdParams params_of(int batch, int heads, int seqlen, bool causal) {
           .softmax_lse = {}};
 }
 
+// What was found best: tiles for all blocks twice over, and of packed sequences and of documents
+// once.
+void check_measured_groups() {
+  constexpr int kBlocks = 132;
+  constexpr int kHeads = 16;
+  const int32_t cu_seqlens[] = {0};
+  const int32_t document_ids[] = {0};
+  FA_EXPECT_EQ(fa::head_group(params_of(2, kHeads, 8192, true), {64, kHeads, 2}, kBlocks), 4);
+  FwdParams packed = params_of(16, kHeads, 37300, true);
+  packed.queries.cu_seqlens = packed.keys.cu_seqlens = cu_seqlens;
+  const auto group_of_packed = [&](int tiles) {
+    return fa::head_group(packed, {tiles, kHeads, 1}, kBlocks);
+  };
+  FA_EXPECT_EQ(group_of_packed(307), 8);      // 20 tiles of a sequence
+  FA_EXPECT_EQ(group_of_packed(80), kHeads);  // 5, so that all heads are too few
+  FA_EXPECT_EQ(group_of_packed(1168), 2);     // 73
+  FwdParams documents = params_of(2, kHeads, 8192, true);
+  documents.rules.document_ids = document_ids;
+  FA_EXPECT_EQ(fa::head_group(documents, {64, kHeads, 2}, kBlocks), 16);
+  documents.window = params_of(2, kHeads, 8192, false).window;
+  FA_EXPECT_EQ(fa::head_group(documents, {64, kHeads, 2}, kBlocks), 16);
+}
+
 }  // namespace
 
 int main() {
@@ -173,6 +196,7 @@ int main() {
       }
     }
   }
+  check_measured_groups();
   for (const int blocks : {1, 2, 78, 114, 132, 148}) {
     for (const int heads : {1, 2, 8, 17, 64}) {
       for (const int batch : {1, 3, 32, 70000}) {

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "common/left_rows.h"
 #include "common/math.h"
 #include "tests/support/check.h"
 
@@ -47,6 +48,33 @@ void check_tiles(const Sequences& sequences, int batch, int64_t total_rows, int 
   FA_EXPECT(end <= count, "batch", batch, "tile_rows", tile_rows, "seqlen", seqlen);
   const int64_t needed = batch * fa::ceil_div<int64_t>(seqlen, tile_rows);
   FA_EXPECT(count <= std::max(needed, total_rows / tile_rows + batch), "batch", batch);
+}
+
+// The gaps and the sequences share out all rows.
+void check_rows_left(const Sequences& sequences, int batch, int rows) {
+  const bool packed = sequences.cu_seqlens != nullptr;
+  for (int entry = 0; entry < (packed ? 1 : batch); ++entry) {
+    std::vector<int> owners(rows);
+    const auto own = [&](int begin, int end) {
+      for (int row = begin; row < end; ++row) {
+        owners.at(row) += 1;
+      }
+    };
+    for (int b = packed ? 0 : entry; b < (packed ? batch : entry + 1); ++b) {
+      const Sequence sequence = sequences.at(b, rows);
+      own(sequence.begin, sequence.begin + sequence.length);
+    }
+    for (int gap = packed ? 0 : entry; gap < (packed ? batch + 1 : entry + 1); ++gap) {
+      const fa::Range left = fa::rows_left(sequences, gap, batch, rows);
+      own(left.begin, left.end);
+    }
+    for (int row = 0; row < rows; ++row) {
+      FA_EXPECT_EQ(owners[row], 1, "row", row, "of", rows, "entry", entry, "packed", packed);
+    }
+  }
+  if (!packed) {
+    FA_EXPECT(fa::rows_left(sequences, batch, batch, rows).empty(), "batch", batch);
+  }
 }
 
 // Every tile of every sequence is found by its number, and a number of none leads past an end.
@@ -94,6 +122,15 @@ void check_random_tiles() {
     check_tiles({}, batch, longest, longest, tile_rows);
     check_numbers({.cu_seqlens = cu_seqlens.data()}, batch, total_rows, longest, tile_rows);
     check_numbers({}, batch, longest, longest, tile_rows);
+    std::vector<int32_t> seqused;
+    for (int b = 0; b < batch; ++b) {
+      seqused.push_back(draw(cu_seqlens[b + 1] - cu_seqlens[b]));
+    }
+    const int rows = static_cast<int>(total_rows);
+    check_rows_left({.cu_seqlens = cu_seqlens.data()}, batch, rows);
+    check_rows_left({cu_seqlens.data(), seqused.data()}, batch, rows);
+    check_rows_left({.seqused = seqused.data()}, batch, longest);
+    check_rows_left({}, batch, longest);
   }
 }
 

@@ -14,7 +14,7 @@
 #include "ptx/movmatrix.cuh"
 #include "sm90/score_bias.cuh"
 #include "sm90/seen_pairs.cuh"
-#include "sm90/seen_queries.cuh"
+#include "sm90/seen_pairs_of_lane.cuh"
 #include "support/pair_bits.h"
 #include "tests/support/cuda_blocks.h"
 #include "tests/support/cuda_managed_rules.h"
@@ -136,29 +136,40 @@ const RuleCase kSeenCases[] = {
      10},
 };
 
-// The same of transposed scores, (keys, queries): of all keys of a tile, 16 at a time, and of some
-// of its queries at a time. g_words: of the tile, or null.
-template <typename Scores, int kQueries, int kKeys>
-__global__ void seen_queries_kernel(const __grid_constant__ ScoreRules rules, WindowMask window,
-                                    int first_query, int first_key, const uint32_t* g_words,
-                                    float* g_scores) {
-  using Seen = sm90::SeenQueries<Scores, kQueries>;
-  for (int key = 0; key < kKeys; key += Scores::kRows) {
-    for (int query = 0; query < kQueries; query += Scores::kCols) {
+// What lanes find out for themselves, of scores (queries, keys) or transposed: of all rows of a
+// tile, 16 at a time, and of some of its kCols columns at a time; by all rules at once or in two
+// steps. g_words: of the tile, or null.
+template <typename Scores, bool kTransposed, int kCols, bool kInSteps>
+__global__ void seen_by_lanes_kernel(const __grid_constant__ ScoreRules rules, WindowMask window,
+                                     int first_query, int first_key, int rows,
+                                     const uint32_t* g_words, float* g_scores) {
+  using Seen = sm90::SeenPairsOfLane<Scores, kTransposed, kCols>;
+  const PrefixWindow prefix_window(rules, window, 1);
+  for (int row = 0; row < rows; row += Scores::kRows) {
+    for (int col = 0; col < kCols; col += Scores::kCols) {
+      const sm90::ScoreOrigin origin = {1, 2, first_query + (kTransposed ? col : row),
+                                        first_key + (kTransposed ? row : col)};
+      const uint32_t* words = g_words == nullptr ? nullptr : g_words + row * Seen::kWords;
       Seen seen;
-      seen.find(rules, PrefixWindow(rules, window, 1), {1, 2, first_query + query, first_key + key},
-                g_words == nullptr ? nullptr : g_words + key * Seen::kWords, query);
+      if constexpr (kInSteps) {
+        seen.template find<sm90::SeenBy::kWindowAndWords>(rules, prefix_window, origin, words, col);
+        seen.template find<sm90::SeenBy::kData>(rules, prefix_window, origin, words, col);
+      } else {
+        seen.find(rules, prefix_window, origin, words, col);
+      }
       Scores r_scores;
       r_scores.transform([](float, int, int, int) { return 1.0f; });
       seen.keep(r_scores);
-      dump(r_scores, g_scores, kQueries, key, query);
+      dump(r_scores, g_scores, kCols, row, col);
     }
   }
 }
 
-template <typename Scores, int kQueries>
-void test_seen_queries(const RuleCase& test, bool has_bits) {
-  constexpr int kKeys = 128;
+template <typename Scores, bool kTransposed, int kCols, bool kInSteps = false>
+void test_seen_by_lanes(const RuleCase& test, bool has_bits) {
+  constexpr int kRows = kTransposed ? 128 : 64;
+  constexpr int kQueries = kTransposed ? kCols : kRows;
+  constexpr int kKeys = kTransposed ? kRows : kCols;
   const Rules rules(test, g_random);
   const ScoreRules view = rules.view();
   const Shape& shape = test.shape;
@@ -171,8 +182,9 @@ void test_seen_queries(const RuleCase& test, bool has_bits) {
   if (bits.count > 0) {
     bits.words = words.data;
     const WindowMask all(shape.seqlen_q, shape.seqlen_k, -1, -1);
-    support::launch_pair_bits(
-        {view.masks[0], bits, shape, all, kQueries, kKeys, support::BitRows::kKeys}, nullptr);
+    support::launch_pair_bits({view.masks[0], bits, shape, all, kQueries, kKeys,
+                               kTransposed ? support::BitRows::kKeys : support::BitRows::kQueries},
+                              nullptr);
   }
   int wrong = 0;
   int seen = 0;
@@ -180,24 +192,25 @@ void test_seen_queries(const RuleCase& test, bool has_bits) {
   for (int i = 0; i * kQueries < shape.seqlen_q; ++i) {
     for (int j = 0; j * kKeys < shape.seqlen_k; ++j) {
       Managed<float> scores(kQueries * kKeys, kUntouched);
-      run<seen_queries_kernel<Scores, kQueries, kKeys>>(
-          1, 32, 0, view, window, i * kQueries, j * kKeys,
+      run<seen_by_lanes_kernel<Scores, kTransposed, kCols, kInSteps>>(
+          1, 32, 0, view, window, i * kQueries, j * kKeys, kRows,
           bits.count > 0 ? bits.tile(1, 2, i, j) : nullptr, scores.data);
-      for (int row = 0; row < kKeys; ++row) {
-        for (int col = 0; col < kQueries; ++col, ++count) {
-          const int query = i * kQueries + col;
-          const int key = j * kKeys + row;
+      for (int row = 0; row < kRows; ++row) {
+        for (int col = 0; col < kCols; ++col, ++count) {
+          const int query = i * kQueries + (kTransposed ? col : row);
+          const int key = j * kKeys + (kTransposed ? row : col);
           const bool sees =
               query < shape.seqlen_q && key < shape.seqlen_k && visibility.allows(query, key);
-          wrong += scores[row * kQueries + col] != (sees ? 1.0f : 0.0f);
+          wrong += scores[row * kCols + col] != (sees ? 1.0f : 0.0f);
           seen += sees;
         }
       }
     }
   }
-  report(concat("queries seen, ", test.name, has_bits ? "" : " of bytes", ", ", Scores::kCols,
-                " of ", kQueries, ": ", seen),
-         wrong, count);
+  report(
+      concat("seen by lanes, ", test.name, has_bits ? "" : " of bytes", ", ", Scores::kCols, " of ",
+             kCols, kTransposed ? " queries" : " keys", kInSteps ? ", in steps: " : ": ", seen),
+      wrong, count);
 }
 
 // --- Biases ---
@@ -308,9 +321,11 @@ int main() {
       for (const bool has_bits : {false, true}) {
         test_seen_pairs<64>(test, has_bits);
         test_seen_pairs<128>(test, has_bits);
-        test_seen_queries<device::Accumulator<16, 64>, 64>(test, has_bits);
-        test_seen_queries<device::Accumulator<16, 128>, 128>(test, has_bits);
-        test_seen_queries<device::Accumulator<16, 64>, 128>(test, has_bits);
+        test_seen_by_lanes<device::Accumulator<16, 64>, true, 64>(test, has_bits);
+        test_seen_by_lanes<device::Accumulator<16, 128>, true, 128>(test, has_bits);
+        test_seen_by_lanes<device::Accumulator<16, 64>, true, 128>(test, has_bits);
+        test_seen_by_lanes<device::Accumulator<16, 64>, false, 64>(test, has_bits);
+        test_seen_by_lanes<device::Accumulator<16, 64>, false, 64, true>(test, has_bits);
       }
     }
     test_biases<float>(Dtype::kFloat32);

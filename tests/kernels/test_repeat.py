@@ -76,7 +76,7 @@ RULED = [
         device="cuda",
         **rules,
     )
-    for head_dim in (64, 128, 256)
+    for head_dim in (64, 128, 192, 256)
     for rules in RULES
 ]
 
