@@ -18,6 +18,7 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
   static constexpr int kKeyStages = 1;            // for there is a bias too
   static constexpr bool kHasRoomForBits = false;  // beside a bias
+  static constexpr bool kHoldsPlace = true;       // of what is loaded, in registers
   // A tile lies in one block of a block mask.
   static_assert(128 % Base::kTileM == 0 && 128 % Base::kTileN == 0);
 

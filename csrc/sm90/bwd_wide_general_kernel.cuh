@@ -13,14 +13,15 @@
 //   Keys and values come whether any query sees them or not.
 //
 // The rings, with who fills them and for whom:
-//   work          warp 0        all others
-//   visible       warp 1        warpgroups 1 to 3: whether the work has any tile. Free with the
-//   work k, v          warp 0        warpgroup 1, each free again after its own last product of an
-//   item q             warp 1        warpgroups 1 and 3; with statistics, bits, bias and what is
-//   told dout          warp 1        warpgroups 1 and 2 p             warpgroup 1   warpgroup 2 ds
-//   warpgroup 1   warpgroup 3, and 1 itself, which meets for that turn          warp 2 warpgroup 1,
-//   to add to dq, in a deterministic pass added         warpgroup 1   warp 3, in a deterministic
-//   pass
+//   work      warp 0        all others
+//   visible   warp 1        warpgroups 1 to 3: whether the work has any tile. Free with the work
+//   k, v      warp 0        warpgroup 1, each free again after its own last product of an item
+//   q         warp 1        warpgroups 1 and 3; with statistics, bits, bias and what is told
+//   dout      warp 1        warpgroups 1 and 2
+//   p         warpgroup 1   warpgroup 2
+//   ds        warpgroup 1   warpgroup 3, and 1 itself, which meets for that
+//   turn      warp 2        warpgroup 1, to add to dq, in a deterministic pass
+//   added     warpgroup 1   warp 3, in a deterministic pass
 // The last six have a stage for each tile of queries and advance together. A stage of q is filled
 // when that of dout is free too, and with it that of p: there a bias comes, and warpgroup 2, which
 // does not release q, reads what is told.

@@ -18,6 +18,8 @@ struct WideGeneralBwdTraits : WideRowTraits<kRow> {
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
   static constexpr bool kHasRoomForBits = true;  // beside a bias
+  static constexpr bool kHoldsPlace = false;     // of what is loaded: those who load have too few
+                                                 // registers
   static constexpr int kWordsOfBits = Base::kTileM * Base::kTileN / PairBits::kBitsOfWord;
   // A tile lies in one block of a block mask.
   static_assert(128 % Base::kTileM == 0 && 128 % Base::kTileN == 0);

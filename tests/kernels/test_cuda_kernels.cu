@@ -213,8 +213,9 @@ class BackwardTest {
     const DeviceTileMap map(shape, problem_.queries, problem_.rules.view(), config().tile_m,
                             config().tile_n);
     const ScoreTensor dbias =
-        test().rules.bias ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
-                          : ScoreTensor{};
+        test().rules.has_dbias()
+            ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
+            : ScoreTensor{};
     BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
     const DevicePairBits pair_bits(params, config());
     params.pair_bits = pair_bits.view();
@@ -247,13 +248,13 @@ class BackwardTest {
 
   // Zero where the bias has entries, poison in the gaps.
   void clear_dbias() {
-    if (test().rules.bias) {
+    if (test().rules.has_dbias()) {
       dbias_.upload(problem_.rules.bytes_of(std::vector<double>(entries().size()), entries()));
     }
   }
 
   void compare_dbias(const std::string& mode, double bound) {
-    if (!test().rules.bias) {
+    if (!test().rules.has_dbias()) {
       return;
     }
     ++g_checks;
