@@ -35,6 +35,7 @@ def decide(**changes: Any) -> dict[str, Any]:
         "window_left": -1,
         "window_right": -1,
         "general_scores": False,
+        "score_terms": False,
         "on_cuda": True,
         "compute_capability": CAPABILITIES[0] if CAPABILITIES else 0,
         "smem_opt_in": 227 * 1024,
