@@ -19,8 +19,13 @@ from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func, lowlevel
 from flash_attn_cuda.reference import attention_ref, attention_scores, keep_probability
 from tests.support.cases import Case, make_inputs
 from tests.support.compare import assert_bitwise_equal, check, kept_of, run
-from tests.support.families import ALL_FAMILIES, device_of, only, skip_without_terms
-from tests.support.suite import DTYPES
+from tests.support.families import (
+    ALL_FAMILIES,
+    CUDA_FAMILIES,
+    device_of,
+    only,
+    skip_without_terms,
+)
 
 CPU_HEAD_DIM = 40
 CUDA_HEAD_DIMS = (64, 96, 128, 192, 256, 512)
@@ -71,6 +76,15 @@ def _case(device: str, head_dim: int, **fields: Any) -> Case:
     return Case(**{**plain, **fields}, head_dim=head_dim).on(device)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Problems are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @contextmanager
 def _family(name: str) -> Iterator[str]:
     """A device where this family runs, and no other of CUDA."""
@@ -85,11 +99,12 @@ def _family(name: str) -> Iterator[str]:
 def test_every_element_is_within_the_error_bound(
     device: str, head_dim: int, terms: dict[str, Any], beside: dict[str, Any]
 ) -> None:
-    for seed, dtype in enumerate(DTYPES):
+    for seed, dtype in enumerate(("float32", "bfloat16")):
         check(_case(device, head_dim, **terms, **beside, dtype=dtype, seed=seed), backward=True)
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", CUDA_FAMILIES)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_every_family_is_within_the_error_bound(family: str, head_dim: int) -> None:
     with _family(family) as device:

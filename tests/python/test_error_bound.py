@@ -235,7 +235,8 @@ def test_values_of_a_case_are_those_of_the_reference(
         torch.testing.assert_close(expected.values[name], value, rtol=1e-12, atol=1e-12)
         bound = expected.bounds[name]
         assert (bound >= 0).all()
-        assert (bound < 1e-9).all()
+        # Slopes are multiplied by distances of up to 140 and summed over all pairs.
+        assert (bound < (1e-7 if name == "dslopes" else 1e-9)).all()
 
 
 @pytest.mark.parametrize("terms", [10, 100, 3000])
