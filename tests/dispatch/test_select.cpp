@@ -70,8 +70,9 @@ void check_scores() {
         FA_EXPECT(verdict != Verdict::kScores, config.name());
         FA_EXPECT(judge(row, general) == (refused || would_run ? Verdict::kScores : verdict),
                   config.name());
-        FA_EXPECT_EQ(describe(Verdict::kScores, row, general),
-                     "for scores without bias, masks, documents, prefixes and terms such as softcap");
+        FA_EXPECT_EQ(
+            describe(Verdict::kScores, row, general),
+            "for scores without bias, masks, documents, prefixes and terms such as softcap");
         // Terms keep it from rows that lack them as well, and change no earlier verdict either.
         Problem with_terms = general;
         with_terms.score_terms = true;
