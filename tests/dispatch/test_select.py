@@ -189,7 +189,8 @@ def test_reasons_name_every_row_of_the_pass() -> None:
 
 def test_the_table_tells_how_a_row_is_tiled() -> None:
     fields = (
-        "name family pass dtype head_dim mask score tile_m tile_n warps blocks smem_bytes built"
+        "name family pass dtype head_dim mask score score_terms tile_m tile_n warps blocks "
+        "smem_bytes built"
     )
     for row in _C.kernel_table():
         assert set(row) == set(fields.split())
