@@ -16,6 +16,7 @@ AttentionResult: TypeAlias = Tensor | Any
 
 NO_WINDOW = (-1, -1)
 _UNBOUNDED = 1 << 40  # more keys than any sequence has
+_LARGEST = torch.iinfo(torch.int64).max
 
 
 def check_packed(name: str, packed: Tensor, shape: str, parts: int) -> None:
@@ -94,7 +95,8 @@ def new_rng_state(device: torch.device, generator: torch.Generator | None = None
         )
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one of {device} like q, got {generator.device}")
-    return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
+    options: dict[str, Any] = {} if generator is None else {"generator": generator}
+    return torch.randint(_LARGEST, (2,), dtype=torch.int64, device=device, **options)
 
 
 def _as_statistics(q: Tensor, tensor: Tensor | None) -> Tensor | None:

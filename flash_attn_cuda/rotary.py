@@ -148,7 +148,6 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     inv_freq: Tensor
-    scale: Tensor | None
 
     def __init__(
         self,
@@ -169,8 +168,6 @@ class RotaryEmbedding(torch.nn.Module):
         self.pos_idx_in_fp32 = pos_idx_in_fp32
         share = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
         self.register_buffer("inv_freq", self.base**-share, persistent=False)
-        scale = None if scale_base is None else (share + 0.4) / 1.4
-        self.register_buffer("scale", scale, persistent=False)
         self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def forward(
@@ -207,24 +204,22 @@ class RotaryEmbedding(torch.nn.Module):
         `like`. Those of xPos depend on where the middle is, so they are of seqlen exactly."""
         if self._tables is not None:
             old = self._tables[0]
-            enough = old.shape[0] >= seqlen if self.scale is None else old.shape[0] == seqlen
+            enough = old.shape[0] >= seqlen if self.scale_base is None else old.shape[0] == seqlen
             if enough and (old.device, old.dtype) == (like.device, like.dtype):
                 return self._tables
         dtype = torch.float32 if self.pos_idx_in_fp32 else self.inv_freq.dtype
         positions = torch.arange(seqlen, device=like.device, dtype=dtype)
-        if self.pos_idx_in_fp32:  # not from inv_freq, which module.half() rounds
-            share = torch.arange(0, self.dim, 2, device=like.device, dtype=dtype) / self.dim
-            frequencies = self.base**-share
-        else:
-            frequencies = self.inv_freq.to(like.device)
+        share = torch.arange(0, self.dim, 2, device=like.device, dtype=dtype) / self.dim
+        # Not inv_freq in float32, which module.half() rounds.
+        frequencies = self.base**-share if self.pos_idx_in_fp32 else self.inv_freq.to(like.device)
         angles = torch.outer(positions, frequencies)
         cos, sin = angles.cos(), angles.sin()
-        if self.scale is None or self.scale_base is None:
+        if self.scale_base is None:
             cos, sin = cos.to(like.dtype), sin.to(like.dtype)
             self._tables = (cos, sin, cos, sin)
         else:
             power = (positions - seqlen // 2) / self.scale_base
-            scale = self.scale.to(like.device, dtype) ** power[:, None]
+            scale = ((share + 0.4) / 1.4) ** power[:, None]
             tables = (cos * scale, sin * scale, cos / scale, sin / scale)
             cos, sin, cos_k, sin_k = (table.to(like.dtype) for table in tables)
             self._tables = (cos, sin, cos_k, sin_k)

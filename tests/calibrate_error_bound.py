@@ -57,7 +57,7 @@ from tests.support.compare import (
 )
 from tests.support.suite import HEADS, WINDOWS
 
-RESULTS = ("out", "lse", "dq", "dk", "dv", "dbias")
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dslopes", "dsinks", "max_logit")
 ROWS = (64, 96, 128, 192, 256, 512)  # of the kernel table
 # What a case's data becomes before it is used.
 #   positive: all of one sign, so that roundings that lean one way add up
@@ -68,12 +68,14 @@ VARIANTS = ("", "positive", "tied", "rising")
 TERMS: dict[str, tuple[str, ...]] = {
     "dot": ("dot_per_term", "dot"),
     "bias": ("bias",),
+    "softcap": ("softcap", "derivative"),
+    "dropout": ("dropout",),
     "softmax": ("exp", "lse", "sum"),
     "sum": ("sum_per_root", "sum_per_term"),
     "operand": ("operand",),
     "result": ("result",),
 }
-ESTIMATES = ("dot", "bias", "softmax", "sum")
+ESTIMATES = ("dot", "bias", "softcap", "dropout", "softmax", "sum")
 PEERS = ("sdpa_flash", "sdpa_cudnn", "eager")
 PREVAILS = 0.5
 BINS = 1000

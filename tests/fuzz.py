@@ -23,6 +23,7 @@ import torch
 
 from tests.support.cases import DATA, DOUTS, LAYOUTS, Case
 from tests.support.compare import check
+from tests.support.families import has_terms
 from tests.support.rules import (
     BIAS_DATA,
     DIMS,
@@ -66,10 +67,11 @@ PROPERTIES: dict[str, Sequence[Any]] = {
     "max_logit": (False, True),
     "rule_layout": RULE_LAYOUTS,
 }
+TERMS = ("softcap", "alibi", "sinks", "dropout", "max_logit")
 # How often a random property has its first value anyway: too many rules hide all pairs.
 PLAIN = {
     **dict.fromkeys(("bias", "form", "head_dim_v"), 0.4),
-    **dict.fromkeys(("softcap", "alibi", "sinks", "dropout", "max_logit"), 0.5),
+    **dict.fromkeys(TERMS, 0.5),
     **dict.fromkeys(("mask", "block_mask", "padding", "documents", "prefix"), 0.75),
     **dict.fromkeys(("layout", "rule_layout", "data", "dout"), 0.5),
     "bias_data": 0.7,
@@ -123,6 +125,8 @@ def _case(drawn: dict[str, Any], rng: random.Random, device: str) -> Case:
     is_varlen = form == "packed"
     if device == "cuda" and drawn["dtype"] in ("float64", "float32"):
         drawn["dtype"] = {"float64": "float16", "float32": "bfloat16"}[drawn["dtype"]]
+    if not has_terms(device):
+        drawn |= {name: PROPERTIES[name][0] for name in TERMS}
     if drawn["bias_dtype"] == "float64" and drawn["dtype"] != "float64":
         drawn["bias_dtype"] = None
     if is_varlen:

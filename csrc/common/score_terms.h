@@ -29,12 +29,13 @@ struct HeadValues {
 
 // The defaults: none.
 struct ScoreTerms {
-  double softcap = 0;    // 0: scores are not capped
-  HeadValues alibi;      // slopes; null: none
-  HeadValues sinks;      // of heads alone; null: none, as is one of -inf
-  Dropout dropout;       // acts on the normalised probabilities, and not on lse
-  HeadValues max_logit;  // forward: where the largest score of all seen pairs of a head goes, of
-                         // heads alone, -inf to begin with; null: nobody asks
+  double softcap = 0;     // 0: scores are not capped
+  HeadValues alibi = {};  // slopes; null: none
+  HeadValues sinks = {};  // of heads alone; null: none, as is one of -inf
+  Dropout dropout = {};   // acts on the normalised probabilities, and not on lse
+  // Forward: where the largest score of all seen pairs of each head goes, of heads alone, -inf to
+  // begin with; null: nobody asks.
+  HeadValues max_logit = {};
 
   FA_HOST_DEVICE constexpr bool any() const {
     return softcap != 0 || alibi.data != nullptr || sinks.data != nullptr || dropout.any() ||

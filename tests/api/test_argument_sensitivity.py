@@ -19,7 +19,9 @@ from flash_attn_cuda import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flash_attn_cuda.introspect import TERMS
 from tests.support.arguments import LATER
+from tests.support.families import skip_without_terms
 
 # Each changes the output, the LSE and all gradients.
 SENSITIVE: dict[str, dict[str, object]] = {
@@ -44,6 +46,9 @@ RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "document_ids": ({}, {"document_ids": (torch.arange(80).view(2, 40) // 13).int()}),
     "prefix_lens": ({"causal": True}, {"prefix_lens": _int32(20, 30)}),
     "block_mask": ({}, {"block_mask": torch.tensor([True, False]).view(2, 1, 1, 1)}),
+    "softcap": ({}, {"softcap": 0.5}),
+    "alibi_slopes": ({}, {"alibi_slopes": torch.tensor([0.5, 0.1])}),
+    "sinks": ({}, {"sinks": torch.tensor([3.0, 4.0])}),
 }
 PACKED_RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "cu_seqlens_q": ({}, {"cu_seqlens_q": _int32(0, 30, 80)}),
@@ -54,9 +59,12 @@ PACKED_RULES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "attn_bias": RULES["attn_bias"],
     "attn_mask": RULES["attn_mask"],
     "block_mask": RULES["block_mask"],
+    **{name: RULES[name] for name in ("softcap", "alibi_slopes", "sinks")},
 }
+# Changes all but the LSE, by what the generator draws.
+DROPOUT = {"dropout_p", "generator"}
 # Change only what is returned, or the order of additions; tested below.
-NEUTRAL = {"deterministic", "return_attn_probs", "return_lse"}
+NEUTRAL = {"deterministic", "return_attn_probs", "return_lse", "return_max_logit"}
 # flash-attn's callers pass them; nothing needs them.
 IGNORED = {"max_seqlen_q", "max_seqlen_k"}
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -85,6 +93,8 @@ def test_argument_changes_every_result(device: str, argument: str) -> None:
 
 
 def _on(device: str, arguments: dict[str, object]) -> dict[str, object]:
+    if arguments.keys() & set(TERMS):
+        skip_without_terms(device)
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
@@ -247,6 +257,57 @@ def test_torchs_setting_counts_when_gradients_are_computed() -> None:
     assert record.deterministic == [False, True]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_changes_all_but_the_lse(device: str, packed: bool) -> None:
+    skip_without_terms(device)
+    qkv = _qkv(device)
+    results_of = _packed_results if packed else _results
+
+    def results(p: float, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        return results_of(qkv, dropout_p=p, generator=generator, deterministic=True)
+
+    first = results(0.4, 1)
+    for other in (results(0.0, 1), results(0.2, 1), results(0.4, 2)):
+        for name in NAMES:
+            same = torch.allclose(first[name], other[name], rtol=1e-2, atol=1e-3)
+            assert same == (name == "lse"), name
+    again = results(0.4, 1)
+    assert all(torch.equal(first[name], again[name]) for name in NAMES)
+
+
+def test_packed_forms_pass_dropout_and_what_is_returned_on(device: str) -> None:
+    skip_without_terms(device)
+    q, k, v = (x.detach() for x in _qkv(device))
+
+    def options() -> dict[str, Any]:
+        generator = torch.Generator(device).manual_seed(4)
+        return {"dropout_p": 0.4, "generator": generator, "return_max_logit": True}
+
+    for wanted in ({"return_lse": True}, {"return_attn_probs": True}):
+        expected = flash_attn_func(q, k, v, **options(), **wanted)
+        for packed in (
+            flash_attn_qkvpacked_func(torch.stack([q, k, v], dim=2), **options(), **wanted),
+            flash_attn_kvpacked_func(q, torch.stack([k, v], dim=2), **options(), **wanted),
+        ):
+            assert len(packed) == len(expected)
+            assert all(map(torch.equal, packed, expected))
+        of_q, of_k, of_v = (x.flatten(0, 1) for x in (q, k, v))
+        cu_seqlens = _int32(0, 40, 80).to(device)
+        expected = flash_attn_varlen_func(
+            of_q, of_k, of_v, cu_seqlens, cu_seqlens, **options(), **wanted
+        )
+        of_kv, of_qkv = torch.stack([of_k, of_v], dim=1), torch.stack([of_q, of_k, of_v], dim=1)
+        for packed in (
+            flash_attn_varlen_qkvpacked_func(of_qkv, cu_seqlens, **options(), **wanted),
+            flash_attn_varlen_kvpacked_func(
+                of_q, of_kv, cu_seqlens, cu_seqlens, **options(), **wanted
+            ),
+        ):
+            assert len(packed) == len(expected)
+            assert all(map(torch.equal, packed, expected))
+
+
 def test_results_follow_the_return_arguments(device: str) -> None:
     qkv = _qkv(device)
     out = flash_attn_func(*qkv)
@@ -267,7 +328,7 @@ def test_every_argument_is_covered(function: Any, rules: dict[str, object]) -> N
     """An argument added to the signature must be added here, or refused in test_errors."""
     arguments = set(inspect.signature(function).parameters) - {"q", "k", "v"}
     sensitive = {name.split()[0] for name in SENSITIVE}
-    known = sensitive | set(rules) | NEUTRAL | set(LATER)
+    known = sensitive | set(rules) | NEUTRAL | DROPOUT | set(LATER)
     if function is flash_attn_varlen_func:
         known |= IGNORED
         assert arguments == known

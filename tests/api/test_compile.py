@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
+from tests.support.families import skip_without_terms
 
 LENGTHS = (64, 33, 65, 130)
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -101,6 +102,43 @@ def test_rules_in_one_graph_for_all_lengths(device: str) -> None:
             for out in (step(*inputs, mask) for step in (compiled, _biased))
         ]
         assert all(map(torch.equal, *results))
+
+
+def _dropped(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+    return flash_attn_func(
+        *(q, k, v, 0.3),
+        softcap=4.0,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        deterministic=True,
+        return_lse=True,
+        return_max_logit=True,
+    )
+
+
+def test_terms_in_one_graph_for_all_lengths(device: str) -> None:
+    """Dropout draws from torch's generator as it does in eager mode."""
+    skip_without_terms(device)
+    compiled = torch.compile(_dropped, backend="aot_eager", fullgraph=True, dynamic=True)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for seqlen in LENGTHS:
+        q, k, v = (
+            torch.randn(2, seqlen, 2, 16, device=device, dtype=dtype).requires_grad_()
+            for _ in range(3)
+        )
+        slopes, sinks = (torch.rand(2, device=device, dtype=dtype) for _ in range(2))
+        inputs = (q, k, v, slopes.requires_grad_(), sinks.requires_grad_())
+        results = []
+        for step in (compiled, _dropped):
+            torch.manual_seed(seqlen)
+            out, lse, max_logit = step(*inputs)
+            gradients = torch.autograd.grad((out, lse), inputs, (out.detach(), lse.detach()))
+            results.append((out.detach(), lse.detach(), max_logit.detach(), *gradients))
+        assert all(map(torch.equal, *results))
+    torch.manual_seed(1)
+    first, second = compiled(*inputs), compiled(*inputs)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
 
 
 def test_packed_sequences_in_one_graph_for_all_lengths(device: str) -> None:

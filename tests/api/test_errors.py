@@ -18,6 +18,7 @@ from flash_attn_cuda import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    lowlevel,
 )
 from tests.support.arguments import LATER
 
@@ -175,6 +176,86 @@ def test_an_argument_for_later_is_never_ignored(
 
 def _int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_TERMS: list[tuple[dict[str, object], type[Exception], str]] = [
+    ({"softcap": -1.0}, ValueError, r"expected 0 \(none\) or a positive number .*, got -1"),
+    ({"softcap": float("nan")}, ValueError, r"0 \(none\) or a positive number .* float32, got nan"),
+    ({"softcap": 1e39}, ValueError, r"positive number within float32, got 1e\+39"),
+    ({"softcap": 1e-40}, ValueError, r"positive number within float32, got 1e-40"),
+    ({"softcap": "a"}, TypeError, r"expected a number, got str"),
+    ({"dropout_p": -0.1}, ValueError, r"expected a probability from 0 to 1, got -0.1"),
+    ({"dropout_p": 1.1}, ValueError, r"expected a probability from 0 to 1, got 1.1"),
+    ({"dropout_p": float("nan")}, ValueError, r"expected a probability from 0 to 1, got nan"),
+    ({"dropout_p": torch.tensor(0.1)}, TypeError, r"expected a number, got Tensor"),
+    ({"alibi_slopes": torch.ones(3)}, ValueError, r"shape \(4,\) or \(2, 4\), got \(3,\)"),
+    ({"alibi_slopes": torch.ones(3, 4)}, ValueError, r"\(4,\) or \(2, 4\), got \(3, 4\)"),
+    ({"alibi_slopes": torch.ones(1, 2, 4)}, ValueError, r"\(2, 4\), got \(1, 2, 4\)"),
+    ({"alibi_slopes": torch.ones(())}, ValueError, r"\(4,\) or \(2, 4\), got \(\)"),
+    ({"alibi_slopes": torch.ones(4).double()}, TypeError, r"float32 for q of .*, got float64"),
+    ({"alibi_slopes": torch.ones(4).int()}, TypeError, r"expected bfloat16, .*, got Int"),
+    ({"alibi_slopes": [1.0] * 4}, TypeError, r"expected a torch.Tensor or None, got list"),
+    ({"sinks": torch.ones(2, 4)}, ValueError, r"expected shape \(4,\), got \(2, 4\)"),
+    ({"sinks": torch.ones(4).double()}, TypeError, r"float32 for q of .*, got float64"),
+    ({"sinks": 1.0}, TypeError, r"expected a torch.Tensor or None, got float"),
+    ({"generator": 3, "dropout_p": 0.1}, TypeError, r"torch.Generator or None, got int"),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("arguments", "exception", "message"), BAD_TERMS)
+def test_terms(
+    arguments: dict[str, object], exception: type[Exception], message: str, packed: bool
+) -> None:
+    x = _tensor(8, 4, 16) if packed else _tensor(*Q)
+    sequences = 2 * [CU_SEQLENS] if packed else []
+    attention = flash_attn_varlen_func if packed else flash_attn_func
+    state = torch.get_rng_state()
+    with pytest.raises(exception, match=rf"^{next(iter(arguments))}: .*{message}"):
+        attention(x, x, x, *sequences, **arguments)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+BAD_STATES: list[tuple[Any, type[Exception], str]] = [
+    (torch.zeros(2), TypeError, r"expected int64, got Float"),
+    (torch.zeros(3).long(), ValueError, r"expected shape \(2,\), got \(3,\)"),
+    ((1, 2), TypeError, r"expected a torch.Tensor or None, got tuple"),
+]
+
+
+@pytest.mark.parametrize(("state", "exception", "message"), BAD_STATES)
+def test_states_of_dropout(state: Any, exception: type[Exception], message: str) -> None:
+    x = _tensor(*Q)
+    with pytest.raises(exception, match=rf"^rng_state: {message}"):
+        lowlevel.forward(x, x, x, dropout_p=0.1, rng_state=state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout_p": 2.0}, r"^dropout_p: expected a probability"),
+        ({"batch": -1}, r"^batch: expected 0 to 2147483647, got -1"),
+        ({"seqlen_k": 2**30}, r"^seqlen_k: expected 0 to 536870912, got 1073741824"),
+    ],
+)
+def test_dropout_mask(changes: dict[str, Any], message: str) -> None:
+    good = {"dropout_p": 0.1, "batch": 1, "heads": 1, "seqlen_q": 2, "seqlen_k": 2}
+    with pytest.raises(ValueError, match=message):
+        lowlevel.dropout_mask(torch.zeros(2, dtype=torch.int64), **(good | changes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "rng_state", "generator"])
+def test_terms_on_another_device(name: str) -> None:
+    x = _tensor(*Q, dtype=torch.bfloat16, device="cuda")
+    value: Any = torch.ones(4)
+    if name == "rng_state":
+        value = torch.zeros(2, dtype=torch.int64)
+    if name == "generator":
+        value = torch.Generator()
+    attention: Any = lowlevel.forward if name == "rng_state" else flash_attn_func
+    with pytest.raises(ValueError, match=rf"^{name}: expected (device|one of) cuda"):
+        attention(x, x, x, dropout_p=0.1, **{name: value})
 
 
 BAD_RULES: list[tuple[str, dict[str, object], type[Exception], str]] = [

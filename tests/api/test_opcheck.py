@@ -10,6 +10,7 @@ import torch
 
 import flash_attn_cuda  # noqa: F401  (registers the operators)
 from tests.support.cases import Case, Inputs, make_inputs
+from tests.support.families import skip_without_terms
 
 CASES = [
     Case(seqlen_q=17, seqlen_k=17),
@@ -39,7 +40,8 @@ BWD_SCHEMA = (
 GENERAL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? block_mask, "
-    "Tensor? document_ids, Tensor? prefix_lens, float? softmax_scale"
+    "Tensor? document_ids, Tensor? prefix_lens, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? rng_state, float softcap, float dropout_p, float? softmax_scale"
 )
 
 
@@ -47,8 +49,12 @@ def test_schema() -> None:
     ops = torch.ops.flash_attn_cuda
     fwd_general = FWD_SCHEMA.replace("float? softmax_scale", GENERAL)
     bwd_general = BWD_SCHEMA.replace("float? softmax_scale", GENERAL)
-    bwd_general = bwd_general.replace("deterministic)", "deterministic, bool needs_dbias)")
-    bwd_general = bwd_general.replace("Tensor dv)", "Tensor dv, Tensor dbias)")
+    fwd_general = fwd_general.replace("deterministic)", "deterministic, bool needs_max_logit)")
+    fwd_general = fwd_general.replace("softmax_lse)", "softmax_lse, Tensor max_logit)")
+    needs = "bool needs_dbias, bool needs_dslopes, bool needs_dsinks"
+    bwd_general = bwd_general.replace("deterministic)", f"deterministic, {needs})")
+    gradients = "Tensor dbias, Tensor dslopes, Tensor dsinks"
+    bwd_general = bwd_general.replace("Tensor dv)", f"Tensor dv, {gradients})")
     for suffix in ("_general", "_general_eager"):
         fwd, bwd = getattr(ops, f"fwd{suffix}"), getattr(ops, f"bwd{suffix}")
         assert str(fwd.default._schema) == fwd_general.replace("::fwd", f"::fwd{suffix}")
@@ -103,11 +109,19 @@ def test_fake_results_have_the_strides_of_real_ones(device: str, case: Case) -> 
 
 
 # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, attn_bias, attn_mask, key_padding_mask,
-# block_mask, document_ids, prefix_lens; of 2 sequences of 40 rows.
+# block_mask, document_ids, prefix_lens; then alibi_slopes, sinks, rng_state, softcap, dropout_p. Of
+# 2 sequences of 40 rows.
 def _int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+STATE = torch.tensor([5, 2**40])
+TERMS = {
+    "softcap": (None, None, None, 2.0, 0.0),
+    "slopes": (torch.rand(2), None, None, 0.0, 0.0),
+    "all terms": (torch.rand(2, 2), torch.randn(2), STATE, 3.0, 0.25),
+    "packed terms": (torch.rand(2, 2), torch.randn(2), STATE, 3.0, 0.25),
+}
 GENERAL_TENSORS = {
     "plain": (None,) * 10,
     "lengths": (None, None, _int32(30, 0), _int32(40, 7), *(None,) * 6),
@@ -125,6 +139,8 @@ GENERAL_TENSORS = {
         *(_int32(0, 13, 40), _int32(0, 20, 40), None, _int32(20, 3)),
         *(torch.randn(2, 1, 40, 1), *(None,) * 4, _int32(5, 6)),
     ),
+    **dict.fromkeys(("softcap", "slopes", "all terms"), (None,) * 10),
+    "packed terms": (_int32(0, 13, 40), _int32(0, 0, 40), *(None,) * 8),
 }
 
 
@@ -135,26 +151,38 @@ def _general_arguments(name: str, device: str) -> tuple[list[torch.Tensor], list
         torch.randn(batch, 40, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
         for head_dim in (16, 16, 24)
     ]
-    tensors = [None if x is None else x.to(device) for x in GENERAL_TENSORS[name]]
-    if tensors[4] is not None:
-        tensors[4] = tensors[4].clone().requires_grad_()
-    return qkv, [*tensors, 0.3, -1, 5, True]
+    if name in TERMS:
+        skip_without_terms(device)
+    *terms, softcap, dropout_p = TERMS.get(name, (None, None, None, 0.0, 0.0))
+    tensors = [None if x is None else x.to(device) for x in (*GENERAL_TENSORS[name], *terms)]
+    for index in (4, 10, 11):
+        if tensors[index] is not None:
+            tensors[index] = tensors[index].clone().requires_grad_()
+    return qkv, [*tensors, softcap, dropout_p, 0.3, -1, 5, True]
 
 
 @pytest.mark.parametrize("name", GENERAL_TENSORS)
 def test_fwd_general(device: str, name: str) -> None:
     qkv, options = _general_arguments(name, device)
-    torch.library.opcheck(torch.ops.flash_attn_cuda.fwd_general.default, (*qkv, *options))
+    for needs_max_logit in [False, *([True] if name in TERMS else [])]:
+        arguments = (*qkv, *options, needs_max_logit)
+        torch.library.opcheck(torch.ops.flash_attn_cuda.fwd_general.default, arguments)
 
 
-@pytest.mark.parametrize("needs_dbias", [False, True])
+def test_dropout_mask(device: str) -> None:
+    arguments = (STATE.to(device), 0.3, 2, 3, 40, 50)
+    torch.library.opcheck(torch.ops.flash_attn_cuda.dropout_mask.default, arguments)
+
+
+@pytest.mark.parametrize("needs_gradients", [False, True])
 @pytest.mark.parametrize("name", GENERAL_TENSORS)
-def test_bwd_general(device: str, name: str, needs_dbias: bool) -> None:
+def test_bwd_general(device: str, name: str, needs_gradients: bool) -> None:
     qkv, options = _general_arguments(name, device)
-    out, lse = torch.ops.flash_attn_cuda.fwd_general(*qkv, *options)
+    out, lse, _ = torch.ops.flash_attn_cuda.fwd_general(*qkv, *options, False)
     arguments = (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, *options)
     arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-    torch.library.opcheck(torch.ops.flash_attn_cuda.bwd_general.default, (*arguments, needs_dbias))
+    needs = 3 * [needs_gradients]
+    torch.library.opcheck(torch.ops.flash_attn_cuda.bwd_general.default, (*arguments, *needs))
 
 
 def _options(case: Case) -> tuple[float, int, int, bool]:

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "support/check.h"
+#include "tests/support/check.h"
 
 namespace {
 

@@ -19,6 +19,7 @@ constexpr Problem kProblem = {.pass = Pass::kForward,
                               .head_dim = 64,
                               .full_mask = true,
                               .general_scores = false,
+                              .score_terms = false,
                               .on_cuda = true,
                               .device = {80, kSmemOptIn}};
 
@@ -69,8 +70,18 @@ void check_scores() {
         FA_EXPECT(verdict != Verdict::kScores, config.name());
         FA_EXPECT(judge(row, general) == (refused || would_run ? Verdict::kScores : verdict),
                   config.name());
-        FA_EXPECT_EQ(describe(Verdict::kScores, row, general),
-                     "for scores without bias, masks, documents and prefixes");
+        FA_EXPECT_EQ(
+            describe(Verdict::kScores, row, general),
+            "for scores without bias, masks, documents, prefixes and terms such as softcap");
+        // Terms keep it from rows that lack them as well, and change no earlier verdict either.
+        Problem with_terms = general;
+        with_terms.score_terms = true;
+        const Verdict of_general = judge(row, general);
+        const bool lacks = of_general > Verdict::kScores || of_general == Verdict::kRuns;
+        FA_EXPECT(of_general != Verdict::kScoreTerms, config.name());
+        FA_EXPECT(judge(row, with_terms) ==
+                      (lacks && !config.has_score_terms() ? Verdict::kScoreTerms : of_general),
+                  config.name());
       }
       if (!on_cuda) {
         FA_EXPECT_EQ(select_row(general), select_row(plain));

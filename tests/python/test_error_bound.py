@@ -17,10 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn_cuda.reference import attention_ref, attention_varlen_ref
+from flash_attn_cuda.reference import attention_ref, attention_scores, attention_varlen_ref
 from tests.support import compare
 from tests.support.cases import Case, make_inputs
-from tests.support.compare import CONSTANTS, error_ratio, expected_of, expected_with_bounds
+from tests.support.compare import (
+    CONSTANTS,
+    error_ratio,
+    expected_of,
+    expected_with_bounds,
+    kept_of,
+)
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 HEADS, HEAD_DIM = 2, 64
@@ -176,6 +182,9 @@ RULES = [
     {"varlen": True, "bias": "bqk", "head_dim_v": 5, "causal": True, "batch": 4},
     {"varlen": True, "lengths": "qk", "prefix": True, "window": (9, 0), "batch": 4},
     {"varlen": True, "lengths": "same", "seqlen_k": 131, "block_mask": "bhqk", "mask": "hk"},
+    {"softcap": 1.5, "alibi": "bh", "sinks": "normal", "dropout": 0.3, "bias": "hk"},
+    {"alibi": "h", "sinks": "holes", "mask": "bq", "density": 0.5, "lengths": "qk"},
+    {"varlen": True, "alibi": "bh", "sinks": "large", "dropout": 0.5, "softcap": 9.0, "batch": 4},
 ]
 
 
@@ -190,23 +199,44 @@ def test_values_of_a_case_are_those_of_the_reference(
     defaults = {**expected_with_bounds.__kwdefaults__, "max_scores": max_scores}
     monkeypatch.setattr(expected_with_bounds, "__kwdefaults__", defaults)
     expected = expected_of(case, inputs, backward=True)
+    given = {"attn_bias": inputs.bias, **inputs.terms}
+    given = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    if inputs.bias is not None:
-        leaves.append(inputs.bias.detach().requires_grad_())
     attention = attention_varlen_ref if case.varlen else attention_ref
-    bias = leaves[3] if inputs.bias is not None else None
-    out, lse = attention(*leaves[:3], attn_bias=bias, **case.mask_arguments, **inputs.rules)
+    out, lse = attention(
+        *leaves,
+        softcap=case.softcap,
+        dropout_p=case.dropout,
+        kept=kept_of(case),
+        **given,
+        **case.mask_arguments,
+        **inputs.rules,
+    )
+    leaves += given.values()
     exists = lse != -math.inf
     dlse = inputs.dlse.masked_fill(~exists, 0.0)
     dout = inputs.dout.nan_to_num(nan=0.0)
     gradients = torch.autograd.grad((out, lse.masked_fill(~exists, 0.0)), leaves, (dout, dlse))
-    assert len(expected.values) == 2 + len(leaves)
-    names = (*RESULTS, "dbias")[: len(expected.values)]
+    of_given = {"attn_bias": "dbias", "alibi_slopes": "dslopes", "sinks": "dsinks"}
+    names = [*RESULTS, *(of_given[name] for name in given)]
+    assert expected.values.keys() == {*names, "max_logit"}
+    if not case.varlen:
+        scores = attention_scores(
+            *leaves[:2],
+            attn_bias=given.get("attn_bias"),
+            alibi_slopes=given.get("alibi_slopes"),
+            softcap=case.softcap,
+            **case.mask_arguments,
+            **inputs.visibility,
+        )
+        names.append("max_logit")
+        gradients = (*gradients, scores.amax(dim=(0, 2, 3)))
     for name, value in zip(names, (out, lse, *gradients), strict=True):
         torch.testing.assert_close(expected.values[name], value, rtol=1e-12, atol=1e-12)
         bound = expected.bounds[name]
         assert (bound >= 0).all()
-        assert (bound < 1e-9).all()
+        # Slopes are multiplied by distances of up to 140 and summed over all pairs.
+        assert (bound < (1e-7 if name == "dslopes" else 1e-9)).all()
 
 
 @pytest.mark.parametrize("terms", [10, 100, 3000])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import flash_attn_cuda
 from flash_attn_cuda import _ops, explain
 
 
@@ -17,6 +18,42 @@ def test_report_on_the_cpu() -> None:
     assert "flash_bwd_cpu" in str(answer.backward.kernel)
     assert answer.copies == {}
     assert "copies" not in str(answer)
+
+
+def test_the_terms_of_a_score_are_for_rows_that_have_them() -> None:
+    q, k, v = torch.randn(3, 2, 5, 4, 16).unbind()
+    assert explain(q, k, v, softcap=3.0, dropout_p=0.1, sinks=torch.zeros(4)).forward.kernel
+    with pytest.raises(TypeError, match=r"expected rules among .*, got \['softcaps'\]"):
+        explain(q, k, v, softcaps=3.0)
+
+
+@pytest.mark.skipif(
+    not flash_attn_cuda.build_info()["architectures"], reason="this build has no CUDA kernels"
+)
+@pytest.mark.parametrize("pass_name", ["fwd", "bwd"])
+def test_rows_without_terms_say_so(pass_name: str) -> None:
+    capability = next(
+        n for n in (80, 90) if _ops._C.runs_on(flash_attn_cuda.build_info()["architectures"], n)
+    )
+    answer = _ops._C.explain(
+        pass_name=pass_name,
+        dtype="bfloat16",
+        head_dim=64,
+        seqlen_q=9,
+        seqlen_k=9,
+        window_left=-1,
+        window_right=-1,
+        general_scores=True,
+        score_terms=True,
+        on_cuda=True,
+        compute_capability=capability,
+        smem_opt_in=227 * 1024,
+    )
+    for row in flash_attn_cuda.build_info()["kernels"]:
+        if row["pass"] == pass_name and row["family"] == "sm80" and row["head_dim"] == 64:
+            reason = answer["reasons"][row["name"]]
+            is_refused = row["dtype"] == "bfloat16" and not row["score_terms"]
+            assert ("softcap" in reason) == is_refused or row["score"] == "plain"
 
 
 def test_copies_on_the_cpu() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flash_attn_cuda.introspect import RULES
+from flash_attn_cuda.introspect import RULES, TERMS
 from tests.support.cases import Case
 
 
@@ -23,6 +23,8 @@ class Feature:
         """Whether this row of the kernel table does it."""
         arguments = set(re.findall(r"`(\w+)`", self.asked_for_by))
         if "window_size" in arguments and row["mask"] != "window":
+            return False
+        if arguments & set(TERMS) and not row["score_terms"]:
             return False
         return row["score"] == "general" or not arguments & set(RULES)
 
@@ -53,6 +55,11 @@ FEATURES = (
     Feature("padding of keys", "`key_padding_mask`", lambda case: case.padding != ""),
     Feature("documents", "`document_ids`", lambda case: case.documents != ""),
     Feature("prefix-LM", "`prefix_lens`", lambda case: case.prefix),
+    Feature("softcap", "`softcap`", lambda case: case.softcap != 0.0),
+    Feature("ALiBi with a gradient", "`alibi_slopes`", lambda case: case.alibi != ""),
+    Feature("sinks with a gradient", "`sinks`", lambda case: case.sinks != ""),
+    Feature("dropout", "`dropout_p`", lambda case: case.dropout != 0.0),
+    Feature("the largest score", "`return_max_logit`", lambda case: case.max_logit),
     Feature("gradient of the LSE", "`return_lse`", lambda case: case.dlse),
     Feature("deterministic gradients", "`deterministic`", lambda case: case.deterministic),
 )
