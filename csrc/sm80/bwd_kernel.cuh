@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     typename ScoreGrid::Sum r_p;
     typename ScoreGrid::Sum r_ds;
     const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-    find_scores<Traits>(
+    find_scores<Traits, GradientOf::kProducts>(
         params, rules, s, stage, at, tile.tile,
         [&] { return device::covers(unmasked_queries, tile_queries); }, r_p, r_ds);
     if (ScoreGrid::leads()) {
@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   ptx::cp_async_wait_all();
   __syncthreads();
   r_dk.scale(softmax_scale);
+  rules.scale_dv(r_dv);
   if (KeyGrid::leads()) {
     device::store_elements(r_dk, s.k, KeyGrid::row(), KeyGrid::col());
     device::store_elements(r_dv, s.v, KeyGrid::row(), KeyGrid::col());

@@ -20,9 +20,13 @@ FA_DEVICE void load_statistics(Statistics& s_statistics, const float* g_statisti
   }
 }
 
-// A warp's share of p and ds, by ScoreGrid, of the tile `at` of queries and a tile of keys.
-// sees_all(): whether by the window every query sees every key.
-template <typename Traits, typename SeesAll>
+// Of what ds is the gradient: of scores, as a bias needs it; or of softmax_scale * q k^T, which a
+// softcap makes scores of, as q and k need it.
+enum class GradientOf { kScores, kProducts };
+
+// A warp's share of ds and of p, of which dropout has dropped some, by ScoreGrid, of the tile `at`
+// of queries and a tile of keys. sees_all(): whether by the window every query sees every key.
+template <typename Traits, GradientOf kGradientOf, typename SeesAll>
 FA_DEVICE void find_scores(const BwdParams& params, const typename Traits::Rules& rules,
                            const typename Traits::SharedMemory& s, int stage, const QueryTile& at,
                            int key_tile, SeesAll&& sees_all, typename Traits::ScoreGrid::Sum& r_p,
@@ -37,7 +41,8 @@ FA_DEVICE void find_scores(const BwdParams& params, const typename Traits::Rules
 
   r_p.clear();
   device::accumulate_abt(r_p, s.queries[stage].q, row, s.k, col);
-  rules.finish_scores(r_p, at.head, first_query + row, first_key + col);
+  typename Traits::Rules::template Terms<Sum> r_terms;
+  rules.finish_scores(r_p, r_terms, at.head, first_query + row, first_key + col);
   r_p.transform([&](float score, int i, int, int) {
     const float lse_log2 = s_statistics.lse_log2[row + Sum::row(i)];
     return ptx::exp2_approx(fmaf(score, scale_log2, -lse_log2));
@@ -51,6 +56,7 @@ FA_DEVICE void find_scores(const BwdParams& params, const typename Traits::Rules
 
   r_ds.clear();  // dp, then ds
   device::accumulate_abt(r_ds, s.queries[stage].dout, row, s.v, col);
+  rules.drop_gradients(r_ds, r_terms, at.head, first_query + row, first_key + col);
   r_ds.transform([&](float dp, int i, int block, int j) {
     const float delta = s_statistics.delta[row + Sum::row(i)];
     return r_p.r[i / 2][block][j] * (dp - delta);
@@ -58,6 +64,10 @@ FA_DEVICE void find_scores(const BwdParams& params, const typename Traits::Rules
   if (is_masked) {  // dp of a hidden key may be infinite
     rules.keep_seen(r_ds, seen, first_query + row, first_key + col, 0.0f);
   }
+  if constexpr (kGradientOf == GradientOf::kProducts) {
+    rules.pass_cap(r_ds, r_terms);
+  }
+  rules.drop(r_p, r_terms);
 }
 
 }  // namespace fa::sm80

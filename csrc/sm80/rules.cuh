@@ -6,6 +6,7 @@
 
 #include "common/params.h"
 #include "common/scheduler.h"
+#include "device/dropout.cuh"
 #include "device/mask.cuh"
 #include "device/score_rules.cuh"
 #include "device/seen_tiles.cuh"
@@ -48,6 +49,32 @@ class PlainRules {
   template <typename Scores>
   FA_DEVICE void finish_scores(Scores&, int, int, int) const {}
 
+  // The same in backward, and what is kept of a tile's scores until their gradients are there:
+  template <typename Scores>
+  struct Terms {};
+  template <typename Scores>
+  FA_DEVICE void finish_scores(Scores&, Terms<Scores>&, int, int, int) const {}
+  // gradients of dropped probabilities become those of all,
+  template <typename Scores>
+  FA_DEVICE void drop_gradients(Scores&, Terms<Scores>&, int, int, int) const {}
+  // probabilities are dropped, but not scaled, which scale_dv() does in the end,
+  template <typename Scores>
+  FA_DEVICE void drop(Scores&, const Terms<Scores>&) const {}
+  template <typename KeyGradient>
+  FA_DEVICE void scale_dv(KeyGradient&) const {}
+  // and gradients of scores become those of products of queries and keys, but for the scale.
+  template <typename Scores>
+  FA_DEVICE void pass_cap(Scores&, const Terms<Scores>&) const {}
+
+  // Forward: probabilities are dropped, and the normalizer scales those that are kept.
+  template <typename Scores>
+  FA_DEVICE void drop(Scores&, int, int, int) const {}
+  template <typename Softmax, typename RowValues>
+  FA_DEVICE void finalize(const Softmax& softmax, int, const RowValues& sums, RowValues& lse,
+                          RowValues& normalizer) const {
+    softmax.finalize(sums, lse, normalizer);
+  }
+
   // Whether some pairs of a tile may be hidden. sees_all: whether by the window none is.
   FA_DEVICE bool is_masked(const QueryTile&, int, bool sees_all) const { return !sees_all; }
 
@@ -68,7 +95,7 @@ class PlainRules {
   WindowMask window_;
 };
 
-// Finished scores have scale and bias, so that a scale need not be positive.
+// Finished scores have scale and bias, and all terms, so that a scale need not be positive.
 template <int kTileM, int kTileN>
 class GeneralRules {
  public:
@@ -78,7 +105,8 @@ class GeneralRules {
         softmax_scale_(static_cast<float>(params.softmax_scale)),
         classes_(params.tile_map, PrefixWindow(params.rules, window, batch),
                  params.queries.first_tile(batch, params.shape.seqlen_q, kTileM)),
-        batch_(batch) {}
+        batch_(batch),
+        num_heads_(params.shape.num_heads) {}
 
   static FA_DEVICE float scale(float) { return 1.0f; }
 
@@ -120,6 +148,69 @@ class GeneralRules {
     of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key);
   }
 
+  template <typename Scores>
+  struct Terms {
+    Scores slopes;                     // of the softcap, where there is one
+    device::SeenColumns<Scores> kept;  // by dropout, where there is any
+  };
+  template <typename Scores>
+  FA_DEVICE void finish_scores(Scores& r_scores, Terms<Scores>& r_terms, int head, int first_query,
+                               int first_key) const {
+    of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key,
+                                [&](float tanh, int row, int block, int i) {
+                                  r_terms.slopes.r[row / 2][block][2 * (row % 2) + i % 2] =
+                                      fmaf(-tanh, tanh, 1.0f);
+                                });
+  }
+  template <typename Scores>
+  FA_DEVICE void drop_gradients(Scores& r_dp, Terms<Scores>& r_terms, int head, int first_query,
+                                int first_key) const {
+    if (dropout().any()) {
+      device::find_kept<Scores>(r_terms.kept, dropout_of(head), first_query, first_key);
+      r_dp.scale(static_cast<float>(dropout().scale));
+      device::keep_seen(r_dp, r_terms.kept, 0.0f);
+    }
+  }
+  template <typename Scores>
+  FA_DEVICE void drop(Scores& r_p, const Terms<Scores>& r_terms) const {
+    if (dropout().any()) {
+      device::keep_seen(r_p, r_terms.kept, 0.0f);
+    }
+  }
+  template <typename KeyGradient>
+  FA_DEVICE void scale_dv(KeyGradient& r_dv) const {
+    if (dropout().any()) {
+      r_dv.scale(static_cast<float>(dropout().scale));
+    }
+  }
+  template <typename Scores>
+  FA_DEVICE void pass_cap(Scores& r_ds, const Terms<Scores>& r_terms) const {
+    if (rules_.terms.softcap != 0) {
+      r_ds.transform([&](float ds, int row, int block, int i) {
+        return ds * r_terms.slopes.r[row / 2][block][i];
+      });
+    }
+  }
+
+  template <typename Scores>
+  FA_DEVICE void drop(Scores& r_p, int head, int first_query, int first_key) const {
+    if (dropout().any()) {
+      device::drop(r_p, dropout_of(head), first_query, first_key);
+    }
+  }
+  template <typename Softmax, typename RowValues>
+  FA_DEVICE void finalize(const Softmax& softmax, int head, const RowValues& sums, RowValues& lse,
+                          RowValues& normalizer) const {
+    const HeadValues& sinks = rules_.terms.sinks;
+    const float sink = sinks.data == nullptr ? -INFINITY : sinks.at<const float>(0, head);
+    softmax.finalize(sums, lse, normalizer, &sink);
+    if (dropout().any()) {
+      for (float& factor : normalizer) {
+        factor *= static_cast<float>(dropout().scale);
+      }
+    }
+  }
+
   FA_DEVICE bool is_masked(const QueryTile& at, int key_tile, bool) const {
     return classes_.at(at.head, at.tile, key_tile) != TileClass::kSeen;
   }
@@ -142,6 +233,10 @@ class GeneralRules {
   FA_DEVICE device::HeadRules of_head(int head) const {
     return {rules_, classes_.window(), batch_, head};
   }
+  FA_DEVICE const Dropout& dropout() const { return rules_.terms.dropout; }
+  FA_DEVICE DropoutOfHead dropout_of(int head) const {
+    return {dropout(), batch_, head, num_heads_};
+  }
   FA_DEVICE auto seen_with(int key_tile) const {
     return [this, key_tile](int head, int query_tile) {
       return classes_.any_seen(head, query_tile, key_tile);
@@ -152,6 +247,7 @@ class GeneralRules {
   float softmax_scale_;
   device::TileClasses<kTileM, kTileN> classes_;
   int batch_;
+  int num_heads_;
 };
 
 }  // namespace fa::sm80
