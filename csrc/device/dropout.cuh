@@ -50,17 +50,31 @@ FA_DEVICE void drop(Tile& r_p, const DropoutOfHead& dropout, int first_query, in
   });
 }
 
-// Which of a thread's probabilities are kept, as bits for keep_seen().
+// Which of a thread's probabilities are kept, a bit for each, for what is dropped more than once.
 template <typename Tile>
-FA_DEVICE void find_kept(uint32_t (&kept)[Tile::kRowsPerThread], const DropoutOfHead& dropout,
-                         int first_query, int first_key) {
-#pragma unroll
-  for (uint32_t& bits : kept) {
-    bits = 0;
+class Kept {
+ public:
+  FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
+    bits_ = 0;
+    each_decision<Tile>(dropout, first_query, first_key,
+                        [&](bool keeps, int row, int block, int i) {
+                          bits_ |= static_cast<uint32_t>(keeps) << bit(row, block, i);
+                        });
   }
-  each_decision<Tile>(dropout, first_query, first_key, [&](bool keeps, int row, int block, int i) {
-    kept[row] |= static_cast<uint32_t>(keeps) << (2 * block + i);
-  });
-}
+
+  FA_DEVICE void drop(Tile& r_tile) const {
+    r_tile.transform([&](float value, int row, int block, int i) {
+      return bits_ >> bit(row, block, i) & 1 ? value : 0.0f;
+    });
+  }
+
+ private:
+  static_assert(Tile::kRowsPerThread * Tile::kColBlocks * 2 <= 32);
+  static FA_HOST_DEVICE constexpr int bit(int row, int block, int i) {
+    return (row * Tile::kColBlocks + block) * 2 + i % 2;
+  }
+
+  uint32_t bits_;
+};
 
 }  // namespace fa::device

@@ -49,23 +49,6 @@ class PlainRules {
   template <typename Scores>
   FA_DEVICE void finish_scores(Scores&, int, int, int) const {}
 
-  // The same in backward, and what is kept of a tile's scores until their gradients are there:
-  template <typename Scores>
-  struct Terms {};
-  template <typename Scores>
-  FA_DEVICE void finish_scores(Scores&, Terms<Scores>&, int, int, int) const {}
-  // gradients of dropped probabilities become those of all,
-  template <typename Scores>
-  FA_DEVICE void drop_gradients(Scores&, Terms<Scores>&, int, int, int) const {}
-  // probabilities are dropped, but not scaled, which scale_dv() does in the end,
-  template <typename Scores>
-  FA_DEVICE void drop(Scores&, const Terms<Scores>&) const {}
-  template <typename KeyGradient>
-  FA_DEVICE void scale_dv(KeyGradient&) const {}
-  // and gradients of scores become those of products of queries and keys, but for the scale.
-  template <typename Scores>
-  FA_DEVICE void pass_cap(Scores&, const Terms<Scores>&) const {}
-
   // Forward: probabilities are dropped, and the normalizer scales those that are kept.
   template <typename Scores>
   FA_DEVICE void drop(Scores&, int, int, int) const {}
@@ -74,6 +57,9 @@ class PlainRules {
                           RowValues& normalizer) const {
     softmax.finalize(sums, lse, normalizer);
   }
+  // Backward: dv of dropped probabilities is scaled in the end.
+  template <typename KeyGradient>
+  FA_DEVICE void scale_dv(KeyGradient&) const {}
 
   // Whether some pairs of a tile may be hidden. sees_all: whether by the window none is.
   FA_DEVICE bool is_masked(const QueryTile&, int, bool sees_all) const { return !sees_all; }
@@ -147,48 +133,34 @@ class GeneralRules {
   FA_DEVICE void finish_scores(Scores& r_scores, int head, int first_query, int first_key) const {
     of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key);
   }
-
-  template <typename Scores>
-  struct Terms {
-    Scores slopes;                     // of the softcap, where there is one
-    device::SeenColumns<Scores> kept;  // by dropout, where there is any
-  };
-  template <typename Scores>
-  FA_DEVICE void finish_scores(Scores& r_scores, Terms<Scores>& r_terms, int head, int first_query,
-                               int first_key) const {
-    of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key,
-                                [&](float tanh, int row, int block, int i) {
-                                  r_terms.slopes.r[row / 2][block][2 * (row % 2) + i % 2] =
-                                      fmaf(-tanh, tanh, 1.0f);
-                                });
+  // visit_tanh: as for HeadRules::finish_scores().
+  template <typename Scores, typename Visit>
+  FA_DEVICE void finish_scores(Scores& r_scores, int head, int first_query, int first_key,
+                               Visit&& visit_tanh) const {
+    of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key, visit_tanh);
   }
+
+  // In backward, what dropout keeps is found for the gradients of dropped probabilities, which
+  // become those of all, and then dropped from these.
   template <typename Scores>
-  FA_DEVICE void drop_gradients(Scores& r_dp, Terms<Scores>& r_terms, int head, int first_query,
+  FA_DEVICE void drop_gradients(Scores& r_dp, device::Kept<Scores>& kept, int head, int first_query,
                                 int first_key) const {
     if (dropout().any()) {
-      device::find_kept<Scores>(r_terms.kept, dropout_of(head), first_query, first_key);
+      kept.find(dropout_of(head), first_query, first_key);
       r_dp.scale(static_cast<float>(dropout().scale));
-      device::keep_seen(r_dp, r_terms.kept, 0.0f);
+      kept.drop(r_dp);
     }
   }
   template <typename Scores>
-  FA_DEVICE void drop(Scores& r_p, const Terms<Scores>& r_terms) const {
+  FA_DEVICE void drop_again(Scores& r_p, const device::Kept<Scores>& kept) const {
     if (dropout().any()) {
-      device::keep_seen(r_p, r_terms.kept, 0.0f);
+      kept.drop(r_p);
     }
   }
   template <typename KeyGradient>
   FA_DEVICE void scale_dv(KeyGradient& r_dv) const {
     if (dropout().any()) {
       r_dv.scale(static_cast<float>(dropout().scale));
-    }
-  }
-  template <typename Scores>
-  FA_DEVICE void pass_cap(Scores& r_ds, const Terms<Scores>& r_terms) const {
-    if (rules_.terms.softcap != 0) {
-      r_ds.transform([&](float ds, int row, int block, int i) {
-        return ds * r_terms.slopes.r[row / 2][block][i];
-      });
     }
   }
 

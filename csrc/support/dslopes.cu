@@ -71,10 +71,8 @@ __global__ void __launch_bounds__(ScoreTiles<Element>::kThreads, ScoreTiles<Elem
     auto& [r_scores, r_ds] = r_products;  // first dp
     rules.finish_scores(r_scores, static_cast<float>(params.softmax_scale), query, key);
     if (dropout.any()) {
-      device::SeenColumns<Sum> kept;
-      device::find_kept<Sum>(kept, {dropout, keys.batch, keys.head, shape.num_heads}, query, key);
+      device::drop(r_ds, {dropout, keys.batch, keys.head, shape.num_heads}, query, key);
       r_ds.scale(static_cast<float>(dropout.scale));
-      device::keep_seen(r_ds, kept, 0.0f);
     }
     const Statistics<Sum> statistics(params, keys, query);
     r_ds.transform([&](float dp, int row, int block, int i) {
