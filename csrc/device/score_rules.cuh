@@ -6,6 +6,7 @@
 
 #include "common/tile_map.h"
 #include "device/mask.cuh"
+#include "device/score_terms.cuh"
 
 namespace fa::device {
 
@@ -26,10 +27,22 @@ class HeadRules {
   FA_DEVICE HeadRules(const ScoreRules& rules, const PrefixWindow& window, int batch, int head)
       : rules_(rules), window_(window), batch_(batch), head_(head) {}
 
-  // Each score becomes scale * score + its bias.
+  // Each product of a query and a key becomes a score. visit_tanh() is told what cap_scores()
+  // tells, where there is a softcap.
   template <typename Scores>
-  FA_DEVICE void finish_scores(Scores& r_scores, float scale, int first_query,
+  FA_DEVICE void finish_scores(Scores& r_scores, float softmax_scale, int first_query,
                                int first_key) const {
+    finish_scores(r_scores, softmax_scale, first_query, first_key, [](float, int, int, int) {});
+  }
+  template <typename Scores, typename Visit>
+  FA_DEVICE void finish_scores(Scores& r_scores, float softmax_scale, int first_query,
+                               int first_key, Visit&& visit_tanh) const {
+    const ScoreTerms& terms = rules_.terms;
+    float scale = softmax_scale;
+    if (terms.softcap != 0) {
+      cap_scores(r_scores, scale, static_cast<float>(terms.softcap), visit_tanh);
+      scale = 1.0f;
+    }
     if (rules_.bias.data == nullptr) {
       r_scores.scale(scale);
     } else if (rules_.bias_dtype == Dtype::kFloat32) {
@@ -40,6 +53,10 @@ class HeadRules {
         return is_half ? __half2float(__ushort_as_half(bias))
                        : __uint_as_float(static_cast<uint32_t>(bias) << 16);
       });
+    }
+    if (terms.alibi.data != nullptr) {
+      add_alibi(r_scores, __ldg(&terms.alibi.at<const float>(batch_, head_)), window_.window(),
+                first_query, first_key);
     }
   }
 

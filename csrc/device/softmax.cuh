@@ -12,6 +12,7 @@
 
 #include "common/math.h"
 #include "device/fragment.cuh"
+#include "device/score_terms.cuh"
 
 namespace fa::device {
 
@@ -95,11 +96,17 @@ class OnlineSoftmax {
   }
 
   // From all of l: lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer`
-  // is 1 / l, or 0.
-  FA_DEVICE void finalize(const RowValues& sums, RowValues& lse, RowValues& normalizer) const {
+  // is 1 / l, or 0. A sink, where there is one, joins the sum.
+  FA_DEVICE void finalize(const RowValues& sums, RowValues& lse, RowValues& normalizer,
+                          const float* sink = nullptr) const {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       const bool sees_a_key = !(sums[row] == 0.0f);  // a NaN is seen, and stays NaN
+      if (sink != nullptr) {
+        const float max = sees_a_key ? base_of(max_[row]) * kLn2 : -INFINITY;
+        finalize_with_sink(sums[row], max, *sink, lse[row], normalizer[row]);
+        continue;
+      }
       lse[row] = sees_a_key ? fmaf(base_of(max_[row]), kLn2, logf(sums[row])) : -INFINITY;
       normalizer[row] = sees_a_key ? 1.0f / sums[row] : 0.0f;
     }

@@ -16,7 +16,7 @@
 #include <cmath>
 
 #include "common/math.h"
-#include "device/fragment.cuh"
+#include "device/score_terms.cuh"
 
 namespace fa::device {
 
@@ -67,7 +67,10 @@ class SpeculativeSoftmax {
       raise(r_scores, sums, rescale);
       exponentiate(r_scores, r_p, sums);
     }
-    add(sums);
+#pragma unroll
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      sum_[row] += sums[row];
+    }
     return raises;
   }
 
@@ -87,12 +90,19 @@ class SpeculativeSoftmax {
   }
 
   // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.
-  FA_DEVICE void finalize(RowValues& lse, RowValues& normalizer) const {
+  // A sink, where there is one, joins the sum.
+  FA_DEVICE void finalize(RowValues& lse, RowValues& normalizer,
+                          const float* sink = nullptr) const {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       const float sum = row_sum(sum_[row]);
       // A NaN is seen, and stays NaN; so does a row whose base is too large for a float.
       const bool sees_a_key = limit_[row] != kNoBase || !(sum == 0.0f);
+      if (sink != nullptr) {
+        const float max = sees_a_key ? base_[row] * kLn2 : -INFINITY;
+        finalize_with_sink(sum, max, *sink, lse[row], normalizer[row]);
+        continue;
+      }
       lse[row] = sees_a_key ? fmaf(base_[row], kLn2, logf(sum)) : -INFINITY;
       normalizer[row] = sees_a_key ? 1.0f / sum : 0.0f;
     }
@@ -152,13 +162,6 @@ class SpeculativeSoftmax {
         limit_[row] = kSlack;
         sum_[row] *= rescale[row];
       }
-    }
-  }
-
-  FA_DEVICE void add(const RowValues& sums) {
-#pragma unroll
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      sum_[row] += sums[row];
     }
   }
 

@@ -49,8 +49,8 @@ FA_DEVICE float exp2_approx(float x) {
   return result;
 }
 
-// 1 / x to one unit in the last place; 0 for inf.
-// PTX ISA, "Floating Point Instructions: rcp".
+// 1 / x to one unit in the last place; 0 for infinities.
+// PTX ISA, "Floating Point Instructions: rcp.approx".
 FA_DEVICE float reciprocal_approx(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

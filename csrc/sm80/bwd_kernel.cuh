@@ -110,9 +110,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     typename ScoreGrid::Sum r_p;
     typename ScoreGrid::Sum r_ds;
     const Range tile_queries = {first_query, min(first_query + kTileM, sequence_q.length)};
-    find_scores<Traits>(
-        params, rules, s, stage, at, tile.tile,
-        [&] { return device::covers(unmasked_queries, tile_queries); }, r_p, r_ds);
+    if constexpr (Traits::kGeneral) {
+      find_general_scores<Traits, GradientOf::kProducts>(params, rules, s, stage, at, tile.tile,
+                                                         r_p, r_ds);
+    } else {
+      find_scores<Traits>(
+          params, rules, s, stage, at, tile.tile,
+          [&] { return device::covers(unmasked_queries, tile_queries); }, r_p, r_ds);
+    }
     if (ScoreGrid::leads()) {
       device::store_elements(r_p, s.p, row, col);
       device::store_elements(r_ds, s.ds, row, col);
@@ -139,6 +144,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   ptx::cp_async_wait_all();
   __syncthreads();
   r_dk.scale(softmax_scale);
+  rules.scale_dv(r_dv);
   if (KeyGrid::leads()) {
     device::store_elements(r_dk, s.k, KeyGrid::row(), KeyGrid::col());
     device::store_elements(r_dv, s.v, KeyGrid::row(), KeyGrid::col());

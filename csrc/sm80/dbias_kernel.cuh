@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       __syncthreads();
       typename ScoreGrid::Sum r_p;
       typename ScoreGrid::Sum r_ds;
-      find_scores<Traits>(params, rules, s, 0, at, key_tile, [] { return false; }, r_p, r_ds);
+      find_general_scores<Traits, GradientOf::kScores>(params, rules, s, 0, at, key_tile, r_p,
+                                                       r_ds);
       r_sum.transform(
           [&](float sum, int i, int block, int j) { return sum + r_ds.r[i / 2][block][j]; });
       __syncthreads();  // before the tiles are loaded again

@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       }
       raised = raised && softmax.raise(largest, rescale);
       softmax.exponentiate(r_scores);
+      rules.drop(r_scores, tile.head, warp_query, first_key + warp_key);
       if (__any_sync(~0u, raised)) {
         r_out.scale_rows(rescale);
       }
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if constexpr (Traits::kSharesScores) {
     pair.get(sums, [](float a, float b) { return a + b; });
   }
-  softmax.finalize(sums, lse, normalizer);
+  rules.finalize(softmax, tile.head, sums, lse, normalizer);
   r_out.scale_rows(normalizer);
   if (col_warp == 0) {
     device::store_row_values<Out>(

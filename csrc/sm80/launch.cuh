@@ -8,7 +8,10 @@
 #include "sm80/dbias_kernel.cuh"
 #include "sm80/fwd_kernel.cuh"
 #include "support/bwd_preprocess.h"
+#include "support/dsinks.h"
+#include "support/dslopes.h"
 #include "support/launch.cuh"
+#include "support/max_logit.h"
 #include "support/resources.h"
 #include "support/tile_map.h"
 
@@ -23,6 +26,9 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
       support::schedule(params.queries, shape.batch, shape.seqlen_q, Traits::kTileM,
                         shape.num_heads),
       Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
+  if constexpr (Traits::kGeneral) {
+    support::launch_max_logit<typename Traits::Element>(params, context.stream);
+  }
 }
 
 template <typename Traits>
@@ -43,6 +49,8 @@ void launch_backward(const BwdParams& given, const LaunchContext& context) {
           "flash_dbias_sm80", params, dbias_schedule<Traits>(params), Traits::kThreads,
           sizeof(typename Traits::SharedMemory), context.stream);
     }
+    support::launch_dslopes<typename Traits::Element>(params, context.stream);
+    support::launch_dsinks(params, context.stream);
   }
   support::launch<flash_bwd_sm80<Traits>>(
       "flash_bwd_sm80", params,

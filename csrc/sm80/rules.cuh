@@ -6,6 +6,7 @@
 
 #include "common/params.h"
 #include "common/scheduler.h"
+#include "device/dropout.cuh"
 #include "device/mask.cuh"
 #include "device/score_rules.cuh"
 #include "device/seen_tiles.cuh"
@@ -48,6 +49,18 @@ class PlainRules {
   template <typename Scores>
   FA_DEVICE void finish_scores(Scores&, int, int, int) const {}
 
+  // Forward: probabilities are dropped, and the normalizer scales those that are kept.
+  template <typename Scores>
+  FA_DEVICE void drop(Scores&, int, int, int) const {}
+  template <typename Softmax, typename RowValues>
+  FA_DEVICE void finalize(const Softmax& softmax, int, const RowValues& sums, RowValues& lse,
+                          RowValues& normalizer) const {
+    softmax.finalize(sums, lse, normalizer);
+  }
+  // Backward: dv of dropped probabilities is scaled in the end.
+  template <typename KeyGradient>
+  FA_DEVICE void scale_dv(KeyGradient&) const {}
+
   // Whether some pairs of a tile may be hidden. sees_all: whether by the window none is.
   FA_DEVICE bool is_masked(const QueryTile&, int, bool sees_all) const { return !sees_all; }
 
@@ -68,7 +81,7 @@ class PlainRules {
   WindowMask window_;
 };
 
-// Finished scores have scale and bias, so that a scale need not be positive.
+// Finished scores have scale and bias, and all terms, so that a scale need not be positive.
 template <int kTileM, int kTileN>
 class GeneralRules {
  public:
@@ -78,7 +91,8 @@ class GeneralRules {
         softmax_scale_(static_cast<float>(params.softmax_scale)),
         classes_(params.tile_map, PrefixWindow(params.rules, window, batch),
                  params.queries.first_tile(batch, params.shape.seqlen_q, kTileM)),
-        batch_(batch) {}
+        batch_(batch),
+        num_heads_(params.shape.num_heads) {}
 
   static FA_DEVICE float scale(float) { return 1.0f; }
 
@@ -119,6 +133,55 @@ class GeneralRules {
   FA_DEVICE void finish_scores(Scores& r_scores, int head, int first_query, int first_key) const {
     of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key);
   }
+  // visit_tanh: as for HeadRules::finish_scores().
+  template <typename Scores, typename Visit>
+  FA_DEVICE void finish_scores(Scores& r_scores, int head, int first_query, int first_key,
+                               Visit&& visit_tanh) const {
+    of_head(head).finish_scores(r_scores, softmax_scale_, first_query, first_key, visit_tanh);
+  }
+
+  // In backward, what dropout keeps is found for the gradients of dropped probabilities, which
+  // become those of all, and then dropped from these.
+  template <typename Scores>
+  FA_DEVICE void drop_gradients(Scores& r_dp, device::Kept<Scores>& kept, int head, int first_query,
+                                int first_key) const {
+    if (dropout().any()) {
+      kept.find(dropout_of(head), first_query, first_key);
+      r_dp.scale(static_cast<float>(dropout().scale));
+      kept.drop(r_dp);
+    }
+  }
+  template <typename Scores>
+  FA_DEVICE void drop_again(Scores& r_p, const device::Kept<Scores>& kept) const {
+    if (dropout().any()) {
+      kept.drop(r_p);
+    }
+  }
+  template <typename KeyGradient>
+  FA_DEVICE void scale_dv(KeyGradient& r_dv) const {
+    if (dropout().any()) {
+      r_dv.scale(static_cast<float>(dropout().scale));
+    }
+  }
+
+  template <typename Scores>
+  FA_DEVICE void drop(Scores& r_p, int head, int first_query, int first_key) const {
+    if (dropout().any()) {
+      device::drop(r_p, dropout_of(head), first_query, first_key);
+    }
+  }
+  template <typename Softmax, typename RowValues>
+  FA_DEVICE void finalize(const Softmax& softmax, int head, const RowValues& sums, RowValues& lse,
+                          RowValues& normalizer) const {
+    const HeadValues& sinks = rules_.terms.sinks;
+    const float sink = sinks.data == nullptr ? -INFINITY : sinks.at<const float>(0, head);
+    softmax.finalize(sums, lse, normalizer, &sink);
+    if (dropout().any()) {
+      for (float& factor : normalizer) {
+        factor *= static_cast<float>(dropout().scale);
+      }
+    }
+  }
 
   FA_DEVICE bool is_masked(const QueryTile& at, int key_tile, bool) const {
     return classes_.at(at.head, at.tile, key_tile) != TileClass::kSeen;
@@ -142,6 +205,10 @@ class GeneralRules {
   FA_DEVICE device::HeadRules of_head(int head) const {
     return {rules_, classes_.window(), batch_, head};
   }
+  FA_DEVICE const Dropout& dropout() const { return rules_.terms.dropout; }
+  FA_DEVICE DropoutOfHead dropout_of(int head) const {
+    return {dropout(), batch_, head, num_heads_};
+  }
   FA_DEVICE auto seen_with(int key_tile) const {
     return [this, key_tile](int head, int query_tile) {
       return classes_.any_seen(head, query_tile, key_tile);
@@ -152,6 +219,7 @@ class GeneralRules {
   float softmax_scale_;
   device::TileClasses<kTileM, kTileN> classes_;
   int batch_;
+  int num_heads_;
 };
 
 }  // namespace fa::sm80

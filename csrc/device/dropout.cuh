@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// common/philox.h for a warp's tile of probabilities (queries, keys), the first of (first_query,
+// first_key): multiples of 16, and first_key of 32 where slices of 16 keys follow one another.
+#pragma once
+
+#include "common/philox.h"
+#include "device/fragment.cuh"
+
+namespace fa::device {
+
+// Calls visit(keeps, row_of_thread, col_block, i) for each of a thread's probabilities. Of 16 rows
+// by 32 columns it has two patches, and one call of Philox decides for eight; where its slices lie
+// apart it has halves of patches.
+template <typename Tile, typename Visit>
+FA_DEVICE void each_decision(const DropoutOfHead& dropout, int first_query, int first_key,
+                             Visit&& visit) {
+  constexpr int kPatchCols = 32;
+  constexpr bool kHasWhole = Tile::kCols % kPatchCols == 0 && Tile::kSliceStride == 2 * kBlockCols;
+  constexpr int kBlocks = kHasWhole ? 4 : 2;
+#pragma unroll
+  for (int a = 0; a < Tile::kRowBlocks; ++a) {
+#pragma unroll
+    for (int first = 0; first < Tile::kColBlocks; first += kBlocks) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = first_key + Tile::col(first, i);
+        DropoutPatch patch = dropout.patch(first_query + Tile::row(2 * a), key);
+        if (!kHasWhole && key % kPatchCols >= kPatchCols / 2) {  // the other half in its place
+          patch.bits.x = patch.bits.y;
+          patch.bits.z = patch.bits.w;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int block = 0; block < kBlocks; ++block) {
+            visit(dropout.keeps(patch, 4 * half + block), 2 * a + half, first + block, i);
+          }
+        }
+      }
+    }
+  }
+}
+
+// What is dropped becomes 0; what is kept is still to be scaled.
+template <typename Tile>
+FA_DEVICE void drop(Tile& r_p, const DropoutOfHead& dropout, int first_query, int first_key) {
+  each_decision<Tile>(dropout, first_query, first_key, [&](bool keeps, int row, int block, int i) {
+    float& p = r_p.r[row / 2][block][2 * (row % 2) + i];
+    p = keeps ? p : 0.0f;
+  });
+}
+
+// Which of a thread's probabilities are kept, a bit for each, for what is dropped more than once.
+template <typename Tile>
+class Kept {
+ public:
+  FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
+    bits_ = 0;
+    each_decision<Tile>(dropout, first_query, first_key,
+                        [&](bool keeps, int row, int block, int i) {
+                          bits_ |= static_cast<uint32_t>(keeps) << bit(row, block, i);
+                        });
+  }
+
+  FA_DEVICE void drop(Tile& r_tile) const {
+    r_tile.transform([&](float value, int row, int block, int i) {
+      return bits_ >> bit(row, block, i) & 1 ? value : 0.0f;
+    });
+  }
+
+ private:
+  static_assert(Tile::kRowsPerThread * Tile::kColBlocks * 2 <= 32);
+  static FA_HOST_DEVICE constexpr int bit(int row, int block, int i) {
+    return (row * Tile::kColBlocks + block) * 2 + i % 2;
+  }
+
+  uint32_t bits_;
+};
+
+}  // namespace fa::device
