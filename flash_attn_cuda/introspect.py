@@ -123,7 +123,7 @@ def explain(
             window_left=window_left,
             window_right=window_right,
             general_scores=bool(rules_of_pass),
-            score_terms=bool(rules_of_pass & set(TERMS)),
+            score_terms=bool(rules_of_pass & {"dropout_p", "softcap"}),
             on_cuda=on_cuda,
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,

@@ -79,7 +79,7 @@ Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const Wind
           .head_dim = std::max(shape.head_dim, shape.head_dim_v),
           .full_mask = window.is_full(),
           .general_scores = rules.any(),
-          .score_terms = rules.terms.any(),
+          .score_terms = rules.terms.need_general_row(),
           .on_cuda = q.device.is_cuda(),
           .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
 }

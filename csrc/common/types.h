@@ -41,7 +41,7 @@ constexpr const char* name_of(Pass pass) { return pass == Pass::kForward ? "fwd"
 constexpr const char* name_of(MaskMode mask) { return mask == MaskMode::kFull ? "full" : "window"; }
 
 constexpr const char* name_of(ScoreMode score) {
-  return score == ScoreMode::kPlain ? "plain" : "general";
+  return score == ScoreMode::kPlain ? "plain" : score == ScoreMode::kRules ? "rules" : "general";
 }
 
 constexpr const char* name_of(Family family) {

@@ -74,21 +74,6 @@ class SpeculativeSoftmax {
     return raises;
   }
 
-  // The same where one more exp(sink) is in the sum, of whatever size.
-  FA_DEVICE void finalize_with(float sink, RowValues& lse, RowValues& normalizer) const {
-    const float sink_log2 = sink * kLog2E;
-#pragma unroll
-    for (int row = 0; row < kRowsPerThread; ++row) {
-      const float sum = row_sum(sum_[row]);
-      const bool sees_a_key = limit_[row] != kNoBase || !(sum == 0.0f);
-      const float top = sees_a_key ? fmaxf(base_[row], sink_log2) : sink_log2;
-      const float share = sees_a_key ? ptx::exp2_approx(base_[row] - top) : 0.0f;
-      const float all = fmaf(sum, share, ptx::exp2_approx(sink_log2 - top));
-      lse[row] = fmaf(top, kLn2, logf(all));
-      normalizer[row] = share / all;
-    }
-  }
-
   // lse = log(sum of exp(scale * score)), -inf where no key was seen; `normalizer` is 1 / l, or 0.
   // A sink, where there is one, joins the sum.
   FA_DEVICE void finalize(RowValues& lse, RowValues& normalizer,

@@ -145,7 +145,7 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
     case Verdict::kScores:
       return "for scores without bias, masks, documents, prefixes and terms such as softcap";
     case Verdict::kScoreTerms:
-      return "for scores without softcap, alibi_slopes, sinks, dropout_p and return_max_logit";
+      return "for scores without softcap and dropout_p";
     case Verdict::kSharedMemory:
       return concat("needs ", config.smem_bytes(), " bytes of shared memory",
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",

@@ -156,16 +156,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
              warp_query, key_tile.tile() * kTileN);
       }
     };
-    // Of all tiles.
-    const auto finalize = [&](const auto& softmax_of_all, typename Out::RowValues& lse,
-                              typename Out::RowValues& normalizer) {
-      if (terms.sinks.data != nullptr) {
-        softmax_of_all.finalize_with(terms.sinks.at<const float>(0, s_work.tile.head), lse,
-                                     normalizer);
-      } else {
-        softmax_of_all.finalize(lse, normalizer);
-      }
-    };
+    const float* sink =
+        terms.sinks.data == nullptr ? nullptr : &terms.sinks.at<const float>(0, s_work.tile.head);
     // When the softmax has used it, so that what comes next overtakes no load.
     const auto release_seen = [&](const KeyTile& key_tile) {
       if (key_tile.is_mixed()) {
@@ -194,7 +186,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
         }
         q_at.advance();
       }
-      finalize(softmax, lse, normalizer);
+      softmax.finalize(lse, normalizer, sink);
       store_lse(lse);
       store_units(out_rows(), [](int, int) { return uint4{0, 0, 0, 0}; });
       continue;
@@ -272,7 +264,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     ptx::wgmma_fence();
     device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
     ptx::wgmma_commit();
-    finalize(softmax, lse, normalizer);
+    softmax.finalize(lse, normalizer, sink);
     store_lse(lse);
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(r_out.r[0]);

@@ -19,7 +19,10 @@
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/tensor_map.h"
 #include "support/bwd_preprocess.h"
+#include "support/dsinks.h"
+#include "support/dslopes.h"
 #include "support/launch.cuh"
+#include "support/max_logit.h"
 #include "support/pair_bits.h"
 #include "support/resources.h"
 #include "support/tile_map.h"
@@ -149,6 +152,7 @@ void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* st
   support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
                           stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
+  support::launch_max_logit<typename Traits::Element>(params, stream);
   support::launch_persistent<flash_fwd_general_sm90<Traits>>(
       "flash_fwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
       sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
@@ -332,6 +336,10 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
                           context.stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  if (Traits::kConfig.score != ScoreMode::kPlain) {
+    support::launch_dslopes<typename Traits::Element>(params, context.stream);
+    support::launch_dsinks(params, context.stream);
+  }
   launch_gradients();
   support::launch<flash_bwd_dq_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_dq_sm90", params, query_tiles, Traits::kDqThreads, kDqSmemBytes<Traits>,

@@ -3,6 +3,8 @@
 // keys.
 #pragma once
 
+#include <cfloat>
+
 #include "common/math.h"
 #include "common/params.h"
 #include "device/fragment.cuh"
@@ -15,7 +17,9 @@ namespace fa::sm90 {
 class Softcap {
  public:
   FA_DEVICE Softcap(float softcap, float softmax_scale)
-      : exponent_of_product_(2.0f * kLog2E * softmax_scale / softcap), softcap_(softcap) {}
+      : exponent_of_product_(  // finite, for 0 * inf is NaN
+            fminf(fmaxf(2.0f * kLog2E * softmax_scale / softcap, -FLT_MAX), FLT_MAX)),
+        softcap_(softcap) {}
 
   // r of a product of q and k.
   FA_DEVICE float complement(float product) const {

@@ -23,6 +23,7 @@ constexpr int kLargestHeadDim = 512;
 
 // With kernels for Hopper alone.
 constexpr int kLargestHeadDimOfHopper = 256;
+constexpr int kLargestNarrowHeadDim = 128;
 
 struct Choice {
   Family family;
@@ -40,8 +41,8 @@ int first_row(const Choice& choice) {
     const KernelConfig& config = kRows[row];
     if (config.family == choice.family && config.pass == choice.pass &&
         config.dtype == choice.dtype && config.head_dim >= choice.head_dim &&
-        (config.mask == kWindow || choice.full_mask) &&
-        (config.score == kGeneral || choice.score == kPlain) && config.fits(choice.smem_opt_in)) {
+        (config.mask == kWindow || choice.full_mask) && config.score >= choice.score &&
+        config.fits(choice.smem_opt_in)) {
       return row;
     }
   }
@@ -63,7 +64,7 @@ void check_choices() {
   for (const Pass pass : {kForward, kBackward}) {
     for (int head_dim = 1; head_dim <= kLargestHeadDim; ++head_dim) {
       for (const bool full_mask : {false, true}) {
-        for (const ScoreMode score : {kPlain, kGeneral}) {
+        for (const ScoreMode score : {kPlain, kRules, kGeneral}) {
           for (const int64_t smem_opt_in : kSmemOptIns) {
             check({kSm80, pass, kBFloat16, head_dim, full_mask, score, smem_opt_in});
             check({kSm80, pass, kFloat16, head_dim, full_mask, score, smem_opt_in});
@@ -73,10 +74,13 @@ void check_choices() {
           }
         }
         if (head_dim <= kLargestHeadDimOfHopper) {
-          check({kSm90, pass, kBFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
-          check({kSm90, pass, kFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
-          check({kSm90, pass, kBFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
-          check({kSm90, pass, kFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
+          for (const ScoreMode score : {kPlain, kRules, kGeneral}) {
+            if (score == kGeneral && pass == kBackward && head_dim > kLargestNarrowHeadDim) {
+              continue;  // sm80's row runs it
+            }
+            check({kSm90, pass, kBFloat16, head_dim, full_mask, score, kSmemOptIns[2]});
+            check({kSm90, pass, kFloat16, head_dim, full_mask, score, kSmemOptIns[2]});
+          }
         }
       }
     }
@@ -106,6 +110,8 @@ void check_each_row() {
   FA_EXPECT_EQ(static_cast<int>(names.size()), kNumRows);
   KernelConfig row = {kSm80, kBackward, kFloat16, 96, kWindow, kPlain, 64, 128, 8, 1};
   FA_EXPECT_EQ(row.name(), "flash_bwd_sm80_float16_d96_window_64x128");
+  row.score = kRules;
+  FA_EXPECT_EQ(row.name(), "flash_bwd_sm80_float16_d96_window_rules_64x128");
   row.score = kGeneral;
   FA_EXPECT_EQ(row.name(), "flash_bwd_sm80_float16_d96_window_general_64x128");
 }
