@@ -11,6 +11,9 @@ mask        a random boolean mask, half of it True, the same for all heads: (1, 
 window      causal, and no farther back than an eighth of the sequence, on a GPU 1024 keys
 documents   six packed causal documents of random length in every sequence
 padding     the first 30 % of every sequence's keys are padding
+dropout     causal, of one pair in ten
+softcap     causal, at 50
+alibi       causal, with the slopes of its paper
 blocks_N    a random block mask for every head, N % of it True
 
 fwd is the forward pass without gradients, bwd the backward pass alone, and bwd_bias the same with

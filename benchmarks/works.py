@@ -27,6 +27,7 @@ SDPA = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
+DROPOUT_P, SOFTCAP = 0.1, 50.0
 DENSITIES = {f"blocks_{percent:g}": percent / 100 for percent in (100, 50, 25, 12.5)}
 PROVIDERS_OF: dict[str, tuple[str, ...]] = {
     "varlen": (OURS, "torch_varlen"),
@@ -35,6 +36,9 @@ PROVIDERS_OF: dict[str, tuple[str, ...]] = {
     "window": (OURS, "sdpa_math", "flex"),
     "documents": (OURS, VARLEN, "sdpa_math", "flex"),
     "padding": (OURS, "sdpa_efficient", "sdpa_math"),
+    "dropout": (OURS, *SDPA),
+    "softcap": (OURS, "flex"),
+    "alibi": (OURS, "flex"),
     **dict.fromkeys(DENSITIES, (OURS, PLAIN, "sdpa_math")),
 }
 Modifier = Callable[..., Tensor]  # of flex_attention
@@ -208,6 +212,44 @@ def padding(problem: Problem) -> Work:
     return masked(problem, pairs, exists[:, None, None, :], key_padding_mask=exists)
 
 
+def causal(problem: Problem, score_mod: Modifier | None = None, **terms: Any) -> Work:
+    def mask_mod(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    pairs = problem.heads * causal_pairs([problem.seqlen] * problem.batch)
+    return masked(problem, pairs, score_mod=score_mod, mask_mod=mask_mod, causal=True, **terms)
+
+
+def dropout(problem: Problem) -> Work:
+    work = causal(problem, dropout_p=DROPOUT_P)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT_P, is_causal=causal)
+
+    for name, backend in SDPA.items():
+        work.providers[name] = Provider(
+            sdpa, heads_first=True, context=partial(sdpa_kernel, backend)
+        )
+    return work
+
+
+def softcap(problem: Problem) -> Work:
+    def score_mod(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return SOFTCAP * torch.tanh(score / SOFTCAP)
+
+    return causal(problem, score_mod, softcap=SOFTCAP)
+
+
+def alibi(problem: Problem) -> Work:
+    heads = torch.arange(1, problem.heads + 1, device=problem.device)
+    slopes = torch.exp2(-8.0 * heads / problem.heads)
+
+    def score_mod(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score - slopes[head] * (query - key)
+
+    return causal(problem, score_mod, alibi_slopes=slopes)
+
+
 def blocks(problem: Problem, density: float) -> Work:
     seqlen = problem.seqlen
     sizes = torch.tensor([min(BLOCK, seqlen - first) for first in range(0, seqlen, BLOCK)])
@@ -220,7 +262,7 @@ def blocks(problem: Problem, density: float) -> Work:
 
 MAKERS: dict[str, Callable[[Problem], Work]] = {
     **{"varlen": varlen, "bias": bias, "mask": mask, "window": window, "documents": documents},
-    "padding": padding,
+    **{"padding": padding, "dropout": dropout, "softcap": softcap, "alibi": alibi},
     **{name: partial(blocks, density=density) for name, density in DENSITIES.items()},
 }
 
