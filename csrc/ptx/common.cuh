@@ -33,6 +33,16 @@ FA_DEVICE uint32_t opaque(uint32_t x) {
   return result;
 }
 
+// Byte i of the result is what the i-th four bits of `selector` name: one of x's bytes, 0 to 3, or
+// of y's, 4 to 7; and 8 more is eight times its topmost bit, which __byte_perm cannot.
+// PTX ISA, "Data Movement and Conversion Instructions: prmt".
+template <uint32_t kSelector>
+FA_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "n"(kSelector));
+  return result;
+}
+
 // How many blocks the launch has, read here and not ahead of a loop.
 // PTX ISA, "Special Registers: %nctaid".
 FA_DEVICE uint32_t grid_size() {

@@ -51,7 +51,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const bool has_bias = rules.bias.data != nullptr;
   const ScoreTerms& terms = rules.terms;
-  const bool caps = terms.softcap != 0;
+  const bool caps = Traits::kHasTerms && terms.softcap != 0;
+  const bool drops = Traits::kHasTerms && terms.dropout.any();
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool scales_scores = has_bias || caps || has_alibi || softmax_scale < FLT_MIN;
   // As in the plain kernel.
@@ -149,7 +150,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       }
     };
     const auto drop_some = [&](typename Traits::Probabilities& r_some, const KeyTile& key_tile) {
-      if (terms.dropout.any()) {
+      if (drops) {
         drop(r_some,
              DropoutOfHead(terms.dropout, s_work.tile.batch, s_work.tile.head,
                            params.shape.num_heads),
@@ -271,7 +272,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     v_at.release(s.v_ring);
     v_at.advance();
 
-    if (terms.dropout.any()) {
+    if (drops) {
       r_out.scale(static_cast<float>(terms.dropout.scale));
     }
     r_out.scale_rows(normalizer);

@@ -32,6 +32,7 @@ struct GeneralFwdTraits {
   static constexpr int kTileN = kConfig.tile_n;
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kQStages = kConfig.q_stages();
+  static constexpr bool kHasTerms = kConfig.has_score_terms();  // softcap and dropout
   static constexpr int kKvStages = kConfig.kv_stages();
 
   // One warpgroup loads and finds out which pairs are seen, by a warp for each of the two others,

@@ -16,7 +16,9 @@ FA_DEVICE uint32_t kept_halves(uint32_t values, uint32_t threshold) {
 }
 
 // All bits of each half become its topmost one.
-FA_DEVICE uint32_t spread_halves(uint32_t topmost) { return __byte_perm(topmost, 0, 0xBB99); }
+FA_DEVICE uint32_t spread_halves(uint32_t topmost) {
+  return ptx::permute_bytes<0xBB99>(topmost, topmost);
+}
 
 // The same half of two words as one word.
 FA_DEVICE uint32_t join_halves(uint32_t first, uint32_t second, int half) {
@@ -64,7 +66,7 @@ class KeptQueries {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       uint32_t kept = 0;
-#pragma unroll 1  // one call's registers at a time
+#pragma unroll 2  // few calls' registers at a time
       for (int queries = 0; queries < kQueriesOfWord; queries += device::kBlockRows) {
         const int first = query + word * kQueriesOfWord + queries;
         const PhiloxCounter left = dropout.patch(first, key).bits;
@@ -85,19 +87,6 @@ class KeptQueries {
         }
       }
       kept_[word] = kept;
-    }
-  }
-
-  // Probabilities that are dropped become 0.
-  template <typename Element>
-  FA_DEVICE void keep(device::OperandA<Element, device::kBlockRows, Scores::kCols>& r_p) const {
-#pragma unroll
-    for (int block = 0; block < Scores::kColBlocks; ++block) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        r_p.r[0][block / 2][block % 2 * 2 + row] &=
-            spread_halves(kept_[block / kBlocksOfWord] << (kPairsOfWord - 1 - bit_of(block, row)));
-      }
     }
   }
 
