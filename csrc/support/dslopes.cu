@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A block owns a tile of keys of one head of queries, and sums over those that see some of them
-//   ds * -|how far the key lies from the one that is aligned with the query|;
-// another kernel then sums the tiles of each slope.
+// A block owns a tile of keys of one head of queries, and sums ds * -distance over all pairs, where
+// the distance is that between a key and the one that is aligned with the query. Another kernel
+// then sums the tiles of each slope.
 #include "support/dslopes.h"
 
 #include "device/dropout.cuh"

@@ -11,6 +11,7 @@
 #include "device/dropout.cuh"
 #include "device/score_rules.cuh"
 #include "device/softmax.cuh"
+#include "device/speculative_softmax.cuh"
 #include "device/warp_grid.cuh"
 #include "tests/support/cuda_blocks.h"
 
@@ -204,6 +205,74 @@ void test_sinks() {
       });
 }
 
+// Rows of scores by both softmaxes, with a sink: lse, and the sums of normalized probabilities; of
+// the speculative one, whose sums are its own, the normalizer in their place.
+using Rows = device::Accumulator<16, 64>;
+enum Result { kOnline, kSpeculative, kResults };
+
+__global__ void softmax_kernel(const float* g_scores, float scale, float sink, float* g_lse,
+                               float* g_sums) {
+  Rows r_scores;
+  r_scores.transform([&](float, int row, int block, int i) {
+    return g_scores[Rows::row(row) * Rows::kCols + Rows::col(block, i)];
+  });
+  Rows::RowValues lse[kResults];
+  Rows::RowValues sums[kResults];
+  Rows::RowValues normalizer;
+
+  device::SpeculativeSoftmax<2> speculative(scale);
+  device::OperandA<__nv_bfloat16, 16, 64> r_p;
+  speculative.begin(r_scores, r_p);
+  speculative.finalize(lse[kSpeculative], sums[kSpeculative], &sink);
+
+  device::OnlineSoftmax<2> online(scale);
+  Rows::RowValues largest;
+  Rows::RowValues rescale;
+  online.largest(r_scores, largest);
+  online.raise(largest, rescale);
+  online.exponentiate(r_scores);
+  online.sums(sums[kOnline]);
+  online.finalize(sums[kOnline], lse[kOnline], normalizer, &sink);
+  for (int row = 0; row < 2; ++row) {
+    sums[kOnline][row] *= normalizer[row];
+    for (int result = 0; result < kResults; ++result) {
+      g_lse[result * Rows::kRows + Rows::row(row)] = lse[result][row];
+      g_sums[result * Rows::kRows + Rows::row(row)] = sums[result][row];
+    }
+  }
+}
+
+void test_softmax_with_sink(float sink) {
+  constexpr float kScale = 0.5f;
+  constexpr int kSeesNothing = 5;
+  Managed<float> scores(Rows::kRows * Rows::kCols);
+  for (int i = 0; i < Rows::kRows * Rows::kCols; ++i) {
+    const int row = i / Rows::kCols;
+    scores[i] = row == kSeesNothing ? -INFINITY : static_cast<float>(i * 37 % 101 + 8 * row - 80);
+  }
+  Managed<float> lse(kResults * Rows::kRows, kUntouched);
+  Managed<float> sums(kResults * Rows::kRows, kUntouched);
+  run<softmax_kernel>(1, 32, 0, scores.data, kScale, sink, lse.data, sums.data);
+  const auto sum_of_scores = [&](int row) {
+    double sum = 0;
+    for (int col = 0; col < Rows::kCols; ++col) {
+      sum += std::exp(double{kScale} * scores[row * Rows::kCols + col]);
+    }
+    return sum;
+  };
+  expect(
+      concat("lse with a sink of ", sink), kResults, Rows::kRows, 1e-4,
+      [&](int result, int row) { return lse[result * Rows::kRows + row]; },
+      [&](int, int row) { return std::log(sum_of_scores(row) + std::exp(double{sink})); });
+  expect(
+      concat("what is left to probabilities by a sink of ", sink), 1, Rows::kRows, 1e-5,
+      [&](int, int row) { return sums[row]; },
+      [&](int, int row) {
+        const double sum = sum_of_scores(row);
+        return sum == 0 ? 0 : sum / (sum + std::exp(double{sink}));
+      });
+}
+
 void test_all() {
   for (const int first_query : {0, 16, 4096}) {
     for (const int first_key : {0, 32, 1024}) {
@@ -223,6 +292,9 @@ void test_all() {
     }
   }
   test_sinks();
+  for (const float sink : {-INFINITY, -30.0f, 0.0f, 20.0f, 60.0f}) {
+    test_softmax_with_sink(sink);
+  }
 }
 
 }  // namespace
