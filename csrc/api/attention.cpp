@@ -85,8 +85,8 @@ std::optional<Tensor> add_tile_map(Params& params, const Argument& q, const Kern
   return memory;
 }
 
-// The bits of a mask that has a byte for each pair, if the row reads them: one for each pair of
-// whole tiles. Memory that the returned tensor owns.
+// The bits of a mask that has a byte for each pair, if the row reads them and they are no more than
+// its bytes. Memory that the returned tensor owns.
 template <typename Params>
 std::optional<Tensor> add_pair_bits(Params& params, const Argument& q, const KernelConfig& config) {
   if (!config.reads_pair_bits()) {
@@ -96,7 +96,7 @@ std::optional<Tensor> add_pair_bits(Params& params, const Argument& q, const Ker
   if (params.pair_bits.count == 0) {
     return std::nullopt;
   }
-  Tensor memory = scratch(params.pair_bits.count * static_cast<int64_t>(sizeof(uint32_t)), q);
+  Tensor memory = scratch(params.pair_bits.bytes(), q);
   params.pair_bits.words = static_cast<uint32_t*>(memory.mutable_data_ptr());
   return memory;
 }

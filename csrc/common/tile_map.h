@@ -3,7 +3,10 @@
 // seen, and look at pairs only where some are hidden; and the bits of those pairs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <utility>
 
 #include "common/score_rules.h"
 #include "common/types.h"
@@ -35,9 +38,11 @@ struct TileMap {
 // A mask that has a byte for each pair, as bits: a tile of pairs after the other, each of (rows,
 // cols / 32) words. Bit l of word w is column cols / 32 * l + w, and 0 past the ends of the
 // tensors. Rows are queries and columns keys; or the other way round, for kernels whose scores are
-// transposed. Null where there is no such mask, and for kernels that read its bytes.
+// transposed. Null where there is no such mask, and where its bytes are read: by kernels that know
+// no bits, and where these would take more memory than the mask does.
 struct PairBits {
   static constexpr int kBitsOfWord = 32;
+  static constexpr int64_t kFreeBytes = 1 << 20;  // that they may take in any case
 
   uint32_t* words = nullptr;
   int64_t batch_stride = 0;  // in words; 0 where one matrix stands for all
@@ -47,10 +52,30 @@ struct PairBits {
   int tile_words = 0;
   int64_t count = 0;  // of words: a bit for each pair of whole tiles
 
+  constexpr int64_t bytes() const { return count * static_cast<int64_t>(sizeof(uint32_t)); }
+
   // Which mask it is: no other may have a byte for each pair.
   static FA_HOST_DEVICE constexpr bool is_of(const KeepMask& mask) {
     return mask.data != nullptr && mask.block_log2 == 0 && mask.query_stride != 0 &&
            mask.key_stride != 0;
+  }
+
+  // Of a mask's bytes in memory no fewer than there are, where one may stand for several pairs: for
+  // all of a dimension, or where rows overlap.
+  static constexpr int64_t bytes_of(const KeepMask& mask, int batch, int heads, int seqlen_q,
+                                    int seqlen_k) {
+    std::pair<int64_t, int> dimensions[] = {{mask.batch_stride, batch},
+                                            {mask.head_stride, heads},
+                                            {mask.query_stride, seqlen_q},
+                                            {mask.key_stride, seqlen_k}};
+    std::sort(std::begin(dimensions), std::end(dimensions));
+    int64_t bytes = 1;
+    int64_t extent = 1;  // from the first to behind the last
+    for (const auto& [stride, size] : dimensions) {
+      extent += stride * max(size - 1, 0);
+      bytes = min(bytes * size, extent);
+    }
+    return bytes;
   }
 
   // For tiles of tile_m queries by tile_n keys; lengths are those of the longest sequences. The
@@ -67,6 +92,11 @@ struct PairBits {
       bits.head_stride = mask.head_stride == 0 ? 0 : matrix;
       bits.batch_stride = mask.batch_stride == 0 ? 0 : matrix * bits.heads(heads);
       bits.count = matrix * bits.heads(heads) * bits.batch(batch);
+      // There may be fewer bytes than bits of whole tiles: of few queries or keys, or where rows
+      // overlap.
+      if (bits.bytes() > max(bytes_of(mask, batch, heads, seqlen_q, seqlen_k), kFreeBytes)) {
+        return {};
+      }
     }
     return bits;
   }

@@ -66,13 +66,15 @@ struct KernelConfig {
       return (tile_m + 4 * tile_n) * head_dim * element_bytes + exchange;
     }
     if (family == Family::kSm90) {
-      // The next k and v too, and ds twice, but no p. In wide rows p and ds twice, in general ones
-      // ds and a 16-bit bias, and no room for the next k and v; for its gradient both, but no ds.
-      const int64_t with_next_keys = sm90_bwd_smem_bytes(4, 2);
+      // The next k and v too, and ds twice, but no p. In wide rows p, which a bias comes before,
+      // and ds twice, and where they are general a bit for each pair. In other general ones ds and
+      // a 16-bit bias, and no room for the next k and v.
       const int64_t with_scores = sm90_bwd_smem_bytes(2, 4);
-      return is_wide()                      ? with_scores
-             : score == ScoreMode::kGeneral ? std::max(with_scores, with_next_keys)
-                                            : with_next_keys;
+      if (score == ScoreMode::kGeneral) {
+        return std::max(with_scores + (is_wide() ? 2 * tile_m * tile_n / 8 : 0),
+                        sm90_dbias_smem_bytes());
+      }
+      return is_wide() ? with_scores : sm90_bwd_smem_bytes(4, 2);
     }
     return ((2 * tile_n + 4 * tile_m) * head_dim + 2 * tile_m * tile_n) * element_bytes +
            bwd_statistics_bytes();
@@ -83,6 +85,12 @@ struct KernelConfig {
     return int64_t{2} * (smem_cols() * (tiles_of_keys * tile_n + 4 * tile_m) +
                          tiles_of_scores * tile_m * tile_n) +
            bwd_statistics_bytes() + kSm90ControlBytes;
+  }
+
+  // For the gradient of a bias: a bias twice, but no ds; and the next k and v, if there is room.
+  constexpr int dbias_key_stages() const { return sm90_bwd_smem_bytes(4, 2) <= kSm90Room ? 2 : 1; }
+  constexpr int64_t sm90_dbias_smem_bytes() const {
+    return sm90_bwd_smem_bytes(2 * dbias_key_stages(), 2);
   }
 
   // Whether its kernel reads a mask of a byte for each pair as bits (PairBits).
@@ -162,6 +170,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,   96, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kBFloat16, 128, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kFloat16,  128, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 192, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  192, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16, 256, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  256, kWindow, kGeneral,   64,   64, 16, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},

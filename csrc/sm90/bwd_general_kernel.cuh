@@ -4,11 +4,11 @@
 //   The warp that loads queries walks the tiles of queries that see some of the keys
 //   (bwd_general_work.cuh), and tells whether an item has any, and of each with its queries. Those
 //   who compute look at no map, and leave an item with the tile that is told to be its last.
-//   Of a mixed tile each lane finds out which of its pairs are seen (seen_queries.cuh), while the
-//   products that give their scores run.
-//   A bias of the inputs' dtype with consecutive keys comes by TMA, with the queries. Any other
-//   bias each lane reads from global memory, under the same products, and leaves in its place.
-//   There is one stage of keys: dk and dv leave from it before the next ones come.
+//   Of a mixed tile each lane finds out which of its pairs are seen (seen_pairs_of_lane.cuh), while
+//   the products that give their scores run. A bias of the inputs' dtype with consecutive keys
+//   comes by TMA, with the queries. Any other bias each lane reads from global memory, under the
+//   same products, and leaves in its place. There is one stage of keys: dk and dv leave from it
+//   before the next ones come.
 //
 // The rings, with who fills them and for whom:
 //   work          warp 0   all others
@@ -32,7 +32,7 @@
 #include "sm90/bwd_general_load.cuh"
 #include "sm90/column_values.cuh"
 #include "sm90/score_bias.cuh"
-#include "sm90/seen_queries.cuh"
+#include "sm90/seen_pairs_of_lane.cuh"
 #include "sm90/store.cuh"
 #include "sm90/turns.cuh"
 
@@ -135,14 +135,14 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_p, s_k, key_row, s_q);
       ptx::wgmma_commit();
       const int first_query = tile.tile() * kTileM;
-      SeenQueries<Scores> seen;
+      SeenPairsOfLane<Scores, true> seen;
       if (tile.is_mixed()) {
         const PairBits& bits = params.pair_bits;
         const uint32_t* words = nullptr;  // of the warp's first key
         if (bits.words != nullptr) {
           words = has_bias ? bits.tile(s_work.tile.batch, tile.head, tile.tile(), s_work.key_tile())
-                           : s.bits(at.stage());
-          words += warp_row * SeenQueries<Scores>::kWords;
+                           : s.bits_of(at.stage());
+          words += warp_row * SeenPairsOfLane<Scores, true>::kWords;
         }
         seen.find(rules, s_work.prefix_window(),
                   {s_work.tile.batch, tile.head, first_query, first_key + warp_row}, words);

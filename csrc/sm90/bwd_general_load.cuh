@@ -9,7 +9,8 @@
 
 namespace fa::sm90 {
 
-// As of the plain kernel, and a bias in boxes of a tile's queries, if it comes by TMA.
+// As of the plain kernel, and a bias in boxes of a tile's queries, if it comes by TMA. Wide rows
+// have no maps of dk and dv.
 struct GeneralBwdTensorMaps : BwdTensorMaps {
   CUtensorMap bias;
   bool loads_bias;
@@ -29,14 +30,112 @@ FA_DEVICE void copy_bias(Tile& s_bias, uint64_t& s_full, const CUtensorMap& map,
   }
 }
 
-// Loads the tiles of queries that see some of the keys, with dout, statistics and bias, or the bits
-// of mixed ones where there is no bias, and tells of each with its queries, by one warp. Before it
-// tells whether an item has any.
+// Where a tile of queries lies that was told of: found again whenever it is asked for.
+template <typename Traits>
+class PlaceOfTold {
+ public:
+  FA_DEVICE PlaceOfTold(const BwdParams& params, const typename Traits::Work& s_work,
+                        const ToldTile& told)
+      : params_(params), s_work_(s_work), told_(told) {}
+
+  FA_DEVICE int index() const { return told_.index; }
+  FA_DEVICE int head() const { return told_.head; }
+  FA_DEVICE int tile() const { return told_.tile(); }
+  FA_DEVICE bool is_mixed() const { return told_.is_mixed(); }
+  FA_DEVICE int first_query() const { return tile() * Traits::kTileM; }
+  FA_DEVICE int row() const { return s_work_.queries.begin + first_query(); }
+  FA_DEVICE int rows() const {
+    return rows_to_keep(params_.queries, s_work_.queries, first_query(), Traits::kTileM);
+  }
+
+ private:
+  const BwdParams& params_;
+  const typename Traits::Work& s_work_;
+  const ToldTile& told_;
+};
+
+// The same in registers, found at once.
+class HeldPlace {
+ public:
+  template <typename Place>
+  explicit FA_DEVICE HeldPlace(const Place& place)
+      : index_(place.index()),
+        head_(place.head()),
+        tile_(place.tile()),
+        is_mixed_(place.is_mixed()),
+        first_query_(place.first_query()),
+        row_(place.row()),
+        rows_(place.rows()) {}
+
+  FA_DEVICE int index() const { return index_; }
+  FA_DEVICE int head() const { return head_; }
+  FA_DEVICE int tile() const { return tile_; }
+  FA_DEVICE bool is_mixed() const { return is_mixed_; }
+  FA_DEVICE int first_query() const { return first_query_; }
+  FA_DEVICE int row() const { return row_; }
+  FA_DEVICE int rows() const { return rows_; }
+
+ private:
+  int index_;
+  int head_;
+  int tile_;
+  bool is_mixed_;
+  int first_query_;
+  int row_;
+  int rows_;
+};
+
+// By one warp: loads a tile of queries, with dout, statistics and bias, and the bits of a mixed
+// one, unless a bias lies in their place.
+template <typename Traits, typename Place>
+FA_DEVICE void load_tile_at(const BwdParams& params, const GeneralBwdTensorMaps& maps,
+                            typename Traits::SharedMemory& s, const typename Traits::Work& s_work,
+                            const device::RingPosition<kBwdStages>& at, Landing& landing,
+                            const Place& place) {
+  constexpr int kTileM = Traits::kTileM;
+  constexpr int kBytesOfBits = kTileM * Traits::kTileN / 8;
+  const auto copy = [&](auto& s_tile, uint64_t& s_barrier, const CUtensorMap& map) {
+    copy_rows(s_tile, 0, s_barrier, map, place.row(), place.head(),
+              s_work.batch_of_queries(params));
+  };
+  auto& s_q = s.q[at.stage()];
+  auto& s_dout = s.dout[at.stage()];
+  auto& s_bias = s.bias_tile(at.stage());
+  auto& s_statistics = s.statistics[at.stage()];
+  const bool has_room = Traits::kHasRoomForBits || params.rules.bias.data == nullptr;
+  const bool loads_bits = place.is_mixed() && params.pair_bits.words != nullptr && has_room;
+  const int bytes_of_bits = loads_bits ? kBytesOfBits : 0;
+  const int bytes_of_bias = maps.loads_bias ? sizeof(s_bias) : 0;
+  fill_stage(
+      s.q_ring, at, sizeof(s_q) + sizeof(s_statistics) + bytes_of_bits + bytes_of_bias,
+      place.rows() < kTileM, landing,
+      [&](uint64_t& s_barrier) {
+        copy(s_q, s_barrier, maps.q);
+        ptx::bulk_load(&s_statistics, params.workspace.lse_log2(place.index()),
+                       sizeof(s_statistics), s_barrier);
+        if (maps.loads_bias) {
+          copy_bias(s_bias, s_barrier, maps.bias, params.rules.bias, s_work.tile.batch,
+                    place.head(), place.first_query(), s_work.first_key);
+        }
+        if (loads_bits) {
+          ptx::bulk_load(s.bits_of(at.stage()),
+                         params.pair_bits.tile(s_work.tile.batch, place.head(), place.tile(),
+                                               s_work.key_tile()),
+                         kBytesOfBits, s_barrier);
+        }
+      },
+      [&](int lane) { clear_rows<ptx::kWarpSize>(s_q, place.rows(), lane); });
+  fill_stage(
+      s.dout_ring, at, sizeof(s_dout), place.rows() < kTileM, landing,
+      [&](uint64_t& s_barrier) { copy(s_dout, s_barrier, maps.dout); },
+      [&](int lane) { clear_rows<ptx::kWarpSize>(s_dout, place.rows(), lane); });
+}
+
+// Loads the tiles of queries that see some of the keys, and tells of each with its queries, by one
+// warp. Before it tells whether an item has any.
 template <typename Traits>
 FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTensorMaps& maps,
                                     typename Traits::SharedMemory& s) {
-  constexpr int kTileM = Traits::kTileM;
-  constexpr int kBytesOfBits = kTileM * Traits::kTileN / 8;
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<kBwdStages> at;
   device::RingPosition<1> may_take_at;
@@ -47,7 +146,7 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
     if (s_work.is_end()) {
       break;
     }
-    VisibleQueryTiles<kTileM, Traits::kTileN> tiles(params, s_work);
+    VisibleQueryTiles<Traits::kTileM, Traits::kTileN> tiles(params, s_work);
     bool may_take = false;
     const auto let_take = [&](bool is_time) {
       if (is_time && !may_take) {
@@ -62,55 +161,30 @@ FA_DEVICE void load_visible_queries(const BwdParams& params, const GeneralBwdTen
       s_work.has_visible_tiles = !tiles.done();
       work_at.fill(s.visible_ring);
     }
-    while (!tiles.done()) {
+    for (; !tiles.done(); at.advance()) {
       const QueryTile tile = tiles.current();
-      const auto index =
-          static_cast<int>(params.workspace.index(tile.head, s_work.first_query_tile + tile.tile));
       const bool is_mixed = tiles.is_mixed();
       tiles.advance();
       let_take(tiles.has_at_most(kQueryTilesToTakeAhead - 1));
-      const int first_query = tile.tile * kTileM;
-      const int keep = rows_to_keep(params.queries, s_work.queries, first_query, kTileM);
-      const int row = s_work.queries.begin + first_query;
-      const int batch = s_work.batch_of_queries(params);
-      auto& s_q = s.q[at.stage()];
-      auto& s_dout = s.dout[at.stage()];
-      auto& s_bias = s.bias[at.stage()];
-      auto& s_statistics = s.statistics[at.stage()];
-      at.wait_empty(s.q_ring);
-      if (ptx::lane_index() == 0) {
-        s.told[at.stage()] = ToldTile::of(index, tile, is_mixed, tiles.done());
+      const auto index = params.workspace.index(tile.head, s_work.first_query_tile + tile.tile);
+      const ToldTile told = ToldTile::of(static_cast<int>(index), tile, is_mixed, tiles.done());
+      const auto tell = [&] {
+        s.wait_for_room(at);
+        if (ptx::lane_index() == 0) {
+          s.told[at.stage()] = told;
+        }
+        __syncwarp();
+      };
+      using Place = PlaceOfTold<Traits>;
+      if constexpr (Traits::kHoldsPlace) {  // so that loads begin as soon as there is room
+        const HeldPlace place(Place(params, s_work, told));
+        tell();
+        load_tile_at<Traits>(params, maps, s, s_work, at, landing, place);
+      } else {
+        tell();
+        load_tile_at<Traits>(params, maps, s, s_work, at, landing,
+                             Place(params, s_work, s.told[at.stage()]));
       }
-      const bool loads_bits =
-          is_mixed && params.pair_bits.words != nullptr && params.rules.bias.data == nullptr;
-      const int bytes_of_bits = loads_bits ? kBytesOfBits : 0;
-      const int bytes_of_bias = maps.loads_bias ? sizeof(s_bias) : 0;
-      fill_stage(
-          s.q_ring, at, sizeof(s_q) + sizeof(s_statistics) + bytes_of_bits + bytes_of_bias,
-          keep < kTileM, landing,
-          [&](uint64_t& s_barrier) {
-            copy_rows(s_q, 0, s_barrier, maps.q, row, tile.head, batch);
-            ptx::bulk_load(&s_statistics, params.workspace.lse_log2(index), sizeof(s_statistics),
-                           s_barrier);
-            if (maps.loads_bias) {
-              copy_bias(s_bias, s_barrier, maps.bias, params.rules.bias, s_work.tile.batch,
-                        tile.head, first_query, s_work.first_key);
-            }
-            if (loads_bits) {
-              ptx::bulk_load(
-                  s.bits(at.stage()),
-                  params.pair_bits.tile(s_work.tile.batch, tile.head, tile.tile, s_work.key_tile()),
-                  kBytesOfBits, s_barrier);
-            }
-          },
-          [&](int lane) { clear_rows<ptx::kWarpSize>(s_q, keep, lane); });
-      fill_stage(
-          s.dout_ring, at, sizeof(s_dout), keep < kTileM, landing,
-          [&](uint64_t& s_barrier) {
-            copy_rows(s_dout, 0, s_barrier, maps.dout, row, tile.head, batch);
-          },
-          [&](int lane) { clear_rows<ptx::kWarpSize>(s_dout, keep, lane); });
-      at.advance();
     }
     __syncwarp();
     work_at.release(s.work_ring);

@@ -14,7 +14,9 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
-  static constexpr int kKeyStages = 1;  // for there is a bias too
+  static constexpr int kKeyStages = 1;            // for there is a bias too
+  static constexpr bool kHasRoomForBits = false;  // beside a bias
+  static constexpr bool kHoldsPlace = true;       // of what is loaded, in registers
   // A tile lies in one block of a block mask.
   static_assert(128 % Base::kTileM == 0 && 128 % Base::kTileN == 0);
 
@@ -39,8 +41,13 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     ToldTile told[kBwdStages];
     Work work[kWorkStages];
 
+    // For what comes with a tile of queries, until q_ring is filled.
+    FA_DEVICE void wait_for_room(const device::RingPosition<kBwdStages>& at) {
+      at.wait_empty(q_ring);
+    }
+    FA_DEVICE ScoreTile& bias_tile(int stage) { return bias[stage]; }
     // In place of a stage of a bias, where there is none: a tile's bits of a mask (PairBits).
-    FA_DEVICE uint32_t* bits(int stage) {
+    FA_DEVICE uint32_t* bits_of(int stage) {
       return reinterpret_cast<uint32_t*>(bias[stage].elements);
     }
     // In place of both stages of a bias that TMA does not bring: this lane's floats, each a warp's

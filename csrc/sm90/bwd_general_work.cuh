@@ -25,12 +25,13 @@ struct GeneralBwdWork : BwdWork {
     static_cast<BwdWork&>(*this) = work;
     if (!work.is_end()) {
       const PrefixWindow of_batch(params.rules, work.window, work.tile.batch);
-      const Range queries = of_batch.queries_seeing_any({work.first_key, work.first_key + kTileN});
+      const Range any =  // as of_batch.queries_seeing_any() has it
+          work.first_key < of_batch.prefix() ? Range{0, work.queries.length} : work.seeing;
       prefix = of_batch.prefix();
       heads.begin = work.tile.head * params.shape.group_size();
       heads.end = heads.begin + params.shape.group_size();
-      query_tiles.begin = queries.begin / kTileM;
-      query_tiles.end = queries.empty() ? query_tiles.begin : ceil_div(queries.end, kTileM);
+      query_tiles.begin = any.begin / kTileM;
+      query_tiles.end = any.empty() ? query_tiles.begin : ceil_div(any.end, kTileM);
     }
   }
 
@@ -73,7 +74,12 @@ class VisibleQueryTiles {
   }
 
   FA_DEVICE bool done() const { return visible_ == 0; }
-  FA_DEVICE QueryTile current() const { return {first_.head, first_.tile + bit()}; }
+  FA_DEVICE QueryTile current() const {
+    const Range& tiles = s_work_.query_tiles;
+    return next_.tile == tiles.begin  // those looked at are the last ones of the head before
+               ? QueryTile{next_.head - 1, tiles.begin + last_of_head() + bit()}
+               : QueryTile{next_.head, next_.tile - ptx::kWarpSize + bit()};
+  }
   // Whether some of its pairs may be hidden, or do not exist.
   FA_DEVICE bool is_mixed() const { return mixed_ >> bit() & 1; }
   // Whether at most so many are left, the current one included. It may say no where there are, but
@@ -87,6 +93,10 @@ class VisibleQueryTiles {
   }
 
  private:
+  // Of the tiles of a head, the first of those that are looked at last.
+  FA_DEVICE int last_of_head() const {
+    return (s_work_.query_tiles.size() - 1) / ptx::kWarpSize * ptx::kWarpSize;
+  }
   FA_DEVICE int bit() const { return __ffs(static_cast<int>(visible_)) - 1; }
 
   // Of this lane's tile of the next ones.
@@ -99,14 +109,13 @@ class VisibleQueryTiles {
 
   FA_DEVICE void look() {
     while (visible_ == 0 && next_.head < s_work_.heads.end) {
-      first_ = next_;
+      const int end_query = (next_.tile + ptx::lane_index() + 1) * kTileM;
       next_.tile += ptx::kWarpSize;
       if (next_.tile >= s_work_.query_tiles.end) {
         next_ = {next_.head + 1, s_work_.query_tiles.begin};
       }
       const TileClass tile_class = ahead_;
       ahead_ = class_ahead();
-      const int end_query = (first_.tile + ptx::lane_index() + 1) * kTileM;
       visible_ = __ballot_sync(~0u, tile_class != TileClass::kHidden);
       mixed_ =
           __ballot_sync(~0u, tile_class != TileClass::kSeen || end_query > s_work_.queries.length);
@@ -115,10 +124,9 @@ class VisibleQueryTiles {
 
   const TileMap& map_;
   const Work& s_work_;
-  QueryTile next_;   // the first one not looked at
-  TileClass ahead_;  // of this lane's next one
-  QueryTile first_;  // of those looked at, as bits:
-  uint32_t visible_ = 0;
+  QueryTile next_;        // the first one not looked at
+  TileClass ahead_;       // of this lane's next one
+  uint32_t visible_ = 0;  // of those looked at, as bits
   uint32_t mixed_ = 0;
 };
 

@@ -51,6 +51,7 @@ struct NarrowBwdTraits {
   using Rows = device::SmemTile<Element, kRows, kConfig.smem_cols()>;
 
   // Of a warpgroup, (keys, queries) and (keys, columns).
+  static constexpr bool kTransposesScores = true;
   using Scores = device::Accumulator<device::kBlockRows, kTileM>;
   using KeyGradient = device::Accumulator<device::kBlockRows, kHeadDim>;
   // Those of the rows are loaded under the products, if registers are left for them.

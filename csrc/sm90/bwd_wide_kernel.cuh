@@ -28,24 +28,13 @@
 #pragma once
 
 #include "device/mask.cuh"
-#include "device/store_rows.cuh"
 #include "ptx/barrier.cuh"
 #include "sm90/bwd_dq.cuh"
 #include "sm90/bwd_turns.cuh"
+#include "sm90/bwd_wide_gradient.cuh"
 #include "sm90/bwd_wide_load.cuh"
 
 namespace fa::sm90 {
-
-// By all lanes of each warp that has written its part of a stage: shows it to wgmma of others.
-template <int kStages>
-FA_DEVICE void fill_for_wgmma(device::Ring<kStages>& s_ring,
-                              const device::RingPosition<kStages>& at) {
-  ptx::fence_async_proxy();
-  __syncwarp();
-  if (ptx::lane_index() == 0) {
-    at.fill(s_ring);
-  }
-}
 
 // Warpgroup 1.
 template <typename Traits>
@@ -200,53 +189,13 @@ FA_DEVICE void differentiate_scores(const BwdParams& params, typename Traits::Sh
   }
 }
 
-// Warpgroups 2 and 3: gradient (keys, columns) = scale * scores^T rows, of scores and rows that
-// come through rings.
-template <typename Traits>
-FA_DEVICE void sum_key_gradient(
-    const BwdParams& params, typename Traits::SharedMemory& s,
-    const typename Traits::ScoreTile (&s_scores)[kBwdStages],
-    device::Ring<kBwdStages>& s_scores_ring,
-    const typename Traits::template Rows<Traits::kTileM> (&s_rows)[kBwdStages],
-    device::Ring<kBwdStages>& s_rows_ring, float scale, const TensorView& gradient,
-    int gradient_cols) {
-  using Element = typename Traits::Element;
-  device::RingPosition<kWorkStages> work_at;
-  device::RingPosition<kBwdStages> at;
-  for (;; work_at.advance()) {
-    work_at.wait(s.work_ring);
-    const auto& s_work = s.work[work_at.stage()];
-    if (s_work.is_end()) {
-      break;
-    }
-    int left = ptx::uniform(s_work.template query_tiles<Traits::kTileM>(params).left());
-    typename Traits::KeyGradient r_gradient;
-    r_gradient.clear();
-    for (; left > 0; --left) {
-      at.wait(s_scores_ring);
-      at.wait(s_rows_ring);
-      ptx::wgmma_fence();
-      device::issue_ab<Traits::kTileM, Traits::kColsAtOnce>(r_gradient, s_scores[at.stage()], 0,
-                                                            s_rows[at.stage()], 0, true);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_gradient.r[0]);
-      at.release(s_scores_ring);
-      at.release(s_rows_ring);
-      at.advance();
-    }
-    const auto destination = device::global_tile<Element>(
-        gradient, s_work.keys, s_work.tile.batch,
-        s_work.first_key + ptx::warp_index() % Traits::kWarpgroupWarps * device::kBlockRows,
-        s_work.tile.head, gradient_cols);
-    __syncwarp();  // all lanes have read s_work
-    work_at.release(s.work_ring);
-    device::store_rows<Traits::kHeadDim>(destination, [&](int block, int half) {
-      const float (&r)[4] = r_gradient.r[0][block];
-      return ptx::convert_pair<Element>(scale * r[2 * half], scale * r[2 * half + 1]);
-    });
-  }
-}
+// How many tiles of queries those who sum dv and dk have yet to add.
+struct CountedTiles {
+  int left;
+
+  FA_DEVICE bool done() const { return left <= 0; }
+  FA_DEVICE void enter(int) { --left; }
+};
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -277,6 +226,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   __syncthreads();
   ptx::wait_for_previous_kernel();
+  const auto tiles_of = [&](const device::RingPosition<kWorkStages>& work_at) {
+    const BwdWork& s_work = s.work[work_at.stage()];
+    return CountedTiles{ptx::uniform(s_work.query_tiles<Traits::kTileM>(params).left())};
+  };
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / device::kWarpgroupThreads);
   if (warpgroup == 1) {
     ptx::grow_registers<Traits::kScoreRegisters>();
@@ -284,12 +237,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else if (warpgroup == 2) {
     ptx::grow_registers<Traits::kGradientRegisters>();
     sum_key_gradient<Traits>(params, s, s.p, s.p_ring, s.dout, s.dout_ring, 1.0f, params.dv,
-                             params.shape.head_dim_v);
+                             params.shape.head_dim_v, tiles_of);
   } else if (warpgroup == 3) {
     ptx::grow_registers<Traits::kGradientRegisters>();
     sum_key_gradient<Traits>(params, s, s.ds, s.ds_ring, s.q, s.q_ring,
                              static_cast<float>(params.softmax_scale), params.dk,
-                             params.shape.head_dim);
+                             params.shape.head_dim, tiles_of);
   } else {
     ptx::shrink_registers<Traits::kProducerRegisters>();
     if (ptx::warp_index() == 0) {

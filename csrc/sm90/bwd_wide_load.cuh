@@ -15,15 +15,15 @@ struct WideBwdTensorMaps {
   CUtensorMap dout;
 };
 
-// Takes the work and loads the keys and values that some query sees, by one warp. They are free
+// Takes the work and loads the keys and values, where they are needed, by one warp. They are free
 // one after the other, values first.
-template <typename Traits>
-FA_DEVICE void load_wide_keys(const BwdParams& params, const WideBwdTensorMaps& maps,
-                              const Schedule& schedule, typename Traits::SharedMemory& s) {
+template <typename Traits, typename Maps>
+FA_DEVICE void load_wide_keys(const BwdParams& params, const Maps& maps, const Schedule& schedule,
+                              typename Traits::SharedMemory& s) {
   device::RingPosition<1> at;
   Landing landing = {s.landings[0]};
   give_out_work<BwdWork, Traits>(params, schedule, s, [&](const BwdWork& work) {
-    if (work.seeing.empty()) {
+    if (!Traits::needs_keys(work)) {
       return;
     }
     const int keep = rows_to_keep(params.keys, work.keys, work.first_key, Traits::kTileN);

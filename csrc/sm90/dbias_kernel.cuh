@@ -7,12 +7,14 @@
 // A tile of the gradient has 128 queries: one tile of the row of the kernel table, or two. Scores
 // are transposed, (keys, queries), of 64 queries at a time. Those who compute are told of each of
 // the row's tiles in which some pair is seen, and of whatever comes with it. The sums of a tile of
-// the gradient leave when the next one begins, under its first products.
+// the gradient leave when the next one begins, under its first products. In wide rows a single
+// warpgroup computes.
 //
 // One warp loads, for those who compute, in rings of two stages each:
 //   q      and what is told of the tile
 //   dout   and statistics
 //   keys   k and v, where they are not those of the tile before; free when the next ones are there
+//          or, where there is room for one stage alone, when they are told of
 //   bias   if TMA brings it, once for each of the row's tiles in a tile of the gradient; free when
 //          the last one who shares it has added it or, if that was not known, when the next begins
 #pragma once
@@ -23,7 +25,7 @@
 #include "sm90/dbias_load.cuh"
 #include "sm90/dbias_store.cuh"
 #include "sm90/score_bias.cuh"
-#include "sm90/seen_queries.cuh"
+#include "sm90/seen_pairs_of_lane.cuh"
 
 namespace fa::sm90 {
 
@@ -79,9 +81,17 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       break;
     }
     if (is_told(ToldScores::kBringsKeys)) {
+      const auto release_keys = [&] {
+        if (!next_keys.is_first()) {
+          next_keys.release_previous(s.keys_ring);
+        }
+      };
+      if (Traits::kKeyStages == 1) {
+        release_keys();
+      }
       next_keys.wait(s.keys_ring);
-      if (!next_keys.is_first()) {
-        next_keys.release_previous(s.keys_ring);
+      if (Traits::kKeyStages != 1) {
+        release_keys();
       }
       next_keys.advance();
     }
@@ -115,7 +125,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
         r_sums.clear();
         place = {batch, head, query_tile / Traits::kTiles * Traits::kQueries, first_key};
       }
-      SeenQueries<Scores, kTileM> seen;
+      SeenPairsOfLane<Scores, true, kTileM> seen;
       if (is_told(ToldScores::kMixed)) {
         const PairBits& pairs = params.pair_bits;
         const uint32_t* words =  // of the warp's first key
@@ -208,12 +218,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   ptx::wait_for_previous_kernel();
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / device::kWarpgroupThreads);
   if (warpgroup == 0) {
-    ptx::shrink_registers<Traits::kProducerRegisters>();
+    if constexpr (Traits::kMathWarpgroups > 1) {
+      ptx::shrink_registers<Traits::kProducerRegisters>();
+    }
     if (ptx::warp_index() == 0) {
       load_scores_of_bias<Traits>(params, maps, tiles, schedule, s);
     }
   } else {
-    ptx::grow_registers<Traits::kMathRegisters>();
+    if constexpr (Traits::kMathWarpgroups > 1) {
+      ptx::grow_registers<Traits::kMathRegisters>();
+    }
     differentiate_bias<Traits>(params, maps, s, warpgroup - 1);
   }
 #else

@@ -104,12 +104,16 @@ class DbiasLoader {
       told.bits |= ToldScores::kBegins;
     }
     const int head_kv = told.head / params_.shape.group_size();
-    if (told.batch != keys_batch_ || told.key_tile != keys_tile_ || head_kv != keys_head_) {
+    const bool brings_keys =
+        told.batch != keys_batch_ || told.key_tile != keys_tile_ || head_kv != keys_head_;
+    if (brings_keys) {
       keys_batch_ = told.batch;
       keys_tile_ = told.key_tile;
       keys_head_ = head_kv;
       told.bits |= ToldScores::kBringsKeys;
-      load_keys(keys);
+      if (Traits::kKeyStages != 1) {
+        load_keys(keys);
+      }
     }
     const int place = told.query_tile % Traits::kTiles;
     const bool brings_bias = maps_.loads_bias && (has_bias_ >> place & 1) == 0;
@@ -128,6 +132,9 @@ class DbiasLoader {
     }
     load_queries(told, queries, first_tile);
     at_.advance();
+    if (brings_keys && Traits::kKeyStages == 1) {  // free when those who compute know of these
+      load_keys(keys);
+    }
     if (brings_bias) {
       load_bias(told);
     }

@@ -4,16 +4,36 @@
 #pragma once
 
 #include "sm90/bwd_traits.h"
+#include "sm90/bwd_wide_traits.h"
 #include "sm90/dbias_work.cuh"
 
 namespace fa::sm90 {
 
+// Of a wide row: one warpgroup computes, for all 64 keys of a tile, and needs no more registers
+// than each thread of so few has.
 template <int kRow>
-struct DbiasTraits : NarrowBwdTraits<kRow> {
-  using Base = NarrowBwdTraits<kRow>;
+struct WideDbiasBase : WideRowTraits<kRow> {
+  using Row = WideRowTraits<kRow>;
+  static constexpr int kThreads = 2 * device::kWarpgroupThreads;
+  static constexpr int kMathWarpgroups = 1;
+  static constexpr int kMathWarps = Row::kWarpgroupWarps;
+  static constexpr int kMathThreads = device::kWarpgroupThreads;
+  struct Keys {
+    typename Row::template Rows<Row::kTileN> k;
+    typename Row::template Rows<Row::kTileN> v;
+  };
+};
+
+template <int kRow>
+using DbiasBase =
+    std::conditional_t<table::kRows[kRow].is_wide(), WideDbiasBase<kRow>, NarrowBwdTraits<kRow>>;
+
+template <int kRow>
+struct DbiasTraits : DbiasBase<kRow> {
+  using Base = DbiasBase<kRow>;
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
-  static constexpr int kKeyStages = 2;
+  static constexpr int kKeyStages = Base::kConfig.dbias_key_stages();
 
   // Scores are computed of so many queries at a time; a tile of the gradient is two such parts, of
   // one tile of the row or of two.
@@ -49,7 +69,7 @@ struct DbiasTraits : NarrowBwdTraits<kRow> {
     }
   };
   static_assert(sizeof(ScoreTile) % 1024 == 0);
-  static_assert(sizeof(SharedMemory) == Base::kConfig.sm90_bwd_smem_bytes(4, 2));
+  static_assert(sizeof(SharedMemory) == Base::kConfig.sm90_dbias_smem_bytes());
   static_assert(sizeof(ScoreTile[kBiasStages]) >=
                 Base::kTileN * kPartQueries * static_cast<int>(sizeof(float)));
 };

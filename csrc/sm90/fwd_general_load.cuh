@@ -138,7 +138,8 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
   constexpr int kTileN = Traits::kTileN;
   const int row = warpgroup * device::kWarpgroupRows;
   const ScoreRules& rules = params.rules;
-  const bool has_bits = params.pair_bits.words != nullptr;
+  const KeepMask& mask = rules.masks[0];  // of all pairs, if any is
+  const bool has_mask = PairBits::is_of(mask);
   const bool has_documents = rules.document_ids != nullptr;
   const bool has_masks = needs_pairs(rules);
   device::RingPosition<kWorkStages> work_at;
@@ -179,7 +180,7 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
         } else {
           seen.see_all();
         }
-        if (has_bits) {
+        if (has_mask) {
           seen.keep(of_mask);
         }
         if (has_documents) {
@@ -188,10 +189,17 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
       }
       tiles.advance();
       if (!tiles.done()) {
-        if (has_bits) {
-          of_mask.load(params.pair_bits.tile(s_work.tile.batch, s_work.tile.head, s_work.tile.tile,
-                                             tiles.tile()) +
+        const WorkTile& item = s_work.tile;
+        if (params.pair_bits.words != nullptr) {
+          of_mask.load(params.pair_bits.tile(item.batch, item.head, item.tile, tiles.tile()) +
                        row * SeenPairs<kTileN>::kWords);
+        } else if (has_mask) {
+          const int first_query = s_work.first_query + row;
+          const int first_key = tiles.tile() * kTileN;
+          of_mask.load(mask,
+                       mask.of_head<const uint8_t>(item.batch, item.head) +
+                           mask.offset(first_query, first_key),
+                       params.shape.seqlen_q - first_query, params.shape.seqlen_k - first_key);
         }
         if (has_documents) {
           documents.load_keys(g_ids(), tiles.tile() * kTileN, s_work.keys.length);

@@ -12,6 +12,7 @@
 #include "dispatch/registry.h"
 #include "sm90/bwd_general_kernel.cuh"
 #include "sm90/bwd_kernel.cuh"
+#include "sm90/bwd_wide_general_kernel.cuh"
 #include "sm90/bwd_wide_kernel.cuh"
 #include "sm90/dbias_kernel.cuh"
 #include "sm90/fwd_general_kernel.cuh"
@@ -60,21 +61,24 @@ class TensorMaps {
 };
 
 // Whether TMA can bring a bias: one of the inputs' dtype, with rows of consecutive keys that begin
-// at multiples of 16 bytes.
-inline bool tma_takes(const ScoreRules& rules, Dtype dtype) {
+// at multiples of 16 bytes and do not overlap, which a tensor map is not said to describe.
+inline bool tma_takes(const ScoreRules& rules, const Shape& shape, Dtype dtype) {
   constexpr int64_t kElements = 8;
   const ScoreTensor& bias = rules.bias;
+  const auto takes = [&](int64_t stride) {
+    return stride % kElements == 0 && stride >= max(shape.seqlen_k, 1);
+  };
   return bias.data != nullptr && rules.bias_dtype == dtype && bias.key_stride == 1 &&
-         reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && bias.query_stride > 0 &&
-         bias.query_stride % kElements == 0 && bias.head_stride % kElements == 0 &&
-         bias.batch_stride % kElements == 0;
+         reinterpret_cast<uintptr_t>(bias.data) % 16 == 0 && takes(bias.query_stride) &&
+         (bias.head_stride == 0 || takes(bias.head_stride)) &&
+         (bias.batch_stride == 0 || takes(bias.batch_stride));
 }
 
 // In boxes of so many queries; of nothing where TMA does not take it.
 inline CUtensorMap make_bias_map(const ScoreRules& rules, const Shape& shape, Dtype dtype,
                                  int box_rows) {
   const ScoreTensor& bias = rules.bias;
-  const bool takes = tma_takes(rules, dtype);
+  const bool takes = tma_takes(rules, shape, dtype);
   return make_tensor_map(
       {.view = {bias.data, bias.batch_stride, bias.query_stride, bias.head_stride},
        .dtype = dtype,
@@ -123,7 +127,8 @@ Schedule make_forward_schedule(const FwdParams& params, void* stream) {
                        Traits::kTileM, false, stream);
 }
 
-// The kernel of the plain rows and that of the general ones.
+// The kernel of the plain rows and that of the general ones. What may fail, schedules and tensor
+// maps, comes before the first launch here as in the backward pass, so that no work is half done.
 template <int kRow>
 void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = FwdTraits<kRow>;
@@ -136,18 +141,17 @@ void launch_attention(FwdTraits<kRow>*, const FwdParams& params, void* stream) {
 template <int kRow>
 void launch_attention(GeneralFwdTraits<kRow>*, const FwdParams& params, void* stream) {
   using Traits = GeneralFwdTraits<kRow>;
+  const Schedule schedule = make_forward_schedule<Traits>(params, stream);
+  const GeneralFwdTensorMaps maps = {
+      make_forward_maps<Traits>(params),
+      make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, device::kWarpgroupRows),
+      tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
   support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
                           stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, stream);
-  const Schedule schedule = make_forward_schedule<Traits>(params, stream);
   support::launch_persistent<flash_fwd_general_sm90<Traits>>(
       "flash_fwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params,
-      GeneralFwdTensorMaps{
-          make_forward_maps<Traits>(params),
-          make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, device::kWarpgroupRows),
-          tma_takes(params.rules, Traits::kConfig.dtype)},
-      schedule);
+      sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
 }
 
 template <int kRow>
@@ -182,58 +186,102 @@ BwdTensorMaps make_narrow_maps(const BwdParams& params) {
           .dv = maps.of_keys(params.dv, shape.head_dim_v, device::kWarpgroupRows)};
 }
 
-// Waits for the kernel before it as the main one does, which then waits for this one.
 template <typename Traits>
-void launch_bias_gradient(const BwdParams& params, const GeneralBwdTensorMaps& maps, void* stream) {
+WideBwdTensorMaps make_wide_maps(const BwdParams& params) {
+  const Shape& shape = params.shape;
+  const TensorMaps maps(params, Traits::kConfig.dtype);
+  return {.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
+          .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
+          .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
+          .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM)};
+}
+
+// The work of the gradient of a bias; none where nobody asks for it.
+struct DbiasWork {
+  DbiasTiles tiles;
+  Schedule schedule;
+};
+
+template <typename Traits>
+DbiasWork make_dbias_work(const BwdParams& params, void* stream) {
+  if (params.dbias.data == nullptr) {
+    return {};
+  }
   const Shape& shape = params.shape;
   const DbiasTiles tiles = DbiasTiles::of(shape, params.dbias, Traits::kQueries, Traits::kTileN,
                                           support::multiprocessors());
-  const Schedule schedule = make_schedule(params, "attn_bias", tiles.schedule(shape, params.dbias),
-                                          tiles.strip * Traits::kQueries, false, stream);
-  support::launch_persistent<flash_dbias_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_dbias_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params, maps, tiles, schedule);
+  return {tiles, make_schedule(params, "attn_bias", tiles.schedule(shape, params.dbias),
+                               tiles.strip * Traits::kQueries, false, stream)};
 }
 
-// The main kernel of the narrow rows, plain and general, and that of the wide ones.
+// Waits for the kernel before it as the main one does, which then waits for this one.
+template <typename Traits>
+void launch_bias_gradient(const BwdParams& params, const GeneralBwdTensorMaps& maps,
+                          const DbiasWork& work, void* stream) {
+  support::launch_persistent<flash_dbias_sm90<Traits>, support::Begin::kBesidePrevious>(
+      "flash_dbias_sm90", work.schedule.tiles.count(), Traits::kThreads,
+      sizeof(typename Traits::SharedMemory), stream, params, maps, work.tiles, work.schedule);
+}
+
+// How to launch the main kernel of the narrow rows, plain and general, and that of the wide ones.
 template <int kRow>
-void launch_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
-                      void* stream) {
+auto prepare_gradients(BwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                       void* stream) {
   using Traits = BwdTraits<kRow>;
-  support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params, make_narrow_maps<Traits>(params),
-      schedule);
+  return [=, &params, maps = make_narrow_maps<Traits>(params)] {
+    support::launch_persistent<flash_bwd_sm90<Traits>, support::Begin::kBesidePrevious>(
+        "flash_bwd_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
 }
 template <int kRow>
-void launch_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
-                      void* stream) {
+auto prepare_gradients(GeneralBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                       void* stream) {
   using Traits = GeneralBwdTraits<kRow>;
   const GeneralBwdTensorMaps maps = {
       make_narrow_maps<Traits>(params),
       make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
-      tma_takes(params.rules, Traits::kConfig.dtype)};
-  if (params.dbias.data != nullptr) {
-    launch_bias_gradient<DbiasTraits<kRow>>(params, maps, stream);
-  }
-  support::launch_persistent<flash_bwd_general_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_bwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+      tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
+  using Dbias = DbiasTraits<kRow>;
+  return [=, &params, work = make_dbias_work<Dbias>(params, stream)] {
+    launch_bias_gradient<Dbias>(params, maps, work, stream);
+    support::launch_persistent<flash_bwd_general_sm90<Traits>, support::Begin::kBesidePrevious>(
+        "flash_bwd_general_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
 }
 template <int kRow>
-void launch_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
-                      void* stream) {
+auto prepare_gradients(WideBwdTraits<kRow>*, const BwdParams& params, const Schedule& schedule,
+                       void* stream) {
   using Traits = WideBwdTraits<kRow>;
-  const Shape& shape = params.shape;
-  const TensorMaps maps(params, Traits::kConfig.dtype);
-  support::launch_persistent<flash_bwd_wide_sm90<Traits>, support::Begin::kBesidePrevious>(
-      "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
-      sizeof(typename Traits::SharedMemory), stream, params,
-      WideBwdTensorMaps{.q = maps.of_queries(params.q, shape.head_dim, Traits::kTileM),
-                        .k = maps.of_keys(params.k, shape.head_dim, Traits::kTileN),
-                        .v = maps.of_keys(params.v, shape.head_dim_v, Traits::kTileN),
-                        .dout = maps.of_queries(params.dout, shape.head_dim_v, Traits::kTileM)},
-      schedule);
+  return [=, &params, maps = make_wide_maps<Traits>(params)] {
+    support::launch_persistent<flash_bwd_wide_sm90<Traits>, support::Begin::kBesidePrevious>(
+        "flash_bwd_wide_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
+}
+template <int kRow>
+auto prepare_gradients(WideGeneralBwdTraits<kRow>*, const BwdParams& params,
+                       const Schedule& schedule, void* stream) {
+  using Traits = WideGeneralBwdTraits<kRow>;
+  const WideBwdTensorMaps tiles = make_wide_maps<Traits>(params);
+  const GeneralBwdTensorMaps maps = {
+      {.q = tiles.q, .k = tiles.k, .v = tiles.v, .dout = tiles.dout},
+      make_bias_map(params.rules, params.shape, Traits::kConfig.dtype, Traits::kTileM),
+      tma_takes(params.rules, params.shape, Traits::kConfig.dtype)};
+  using Dbias = DbiasTraits<kRow>;
+  return [=, &params, work = make_dbias_work<Dbias>(params, stream)] {
+    launch_bias_gradient<Dbias>(params, maps, work, stream);
+    if (params.dbias.data != nullptr) {
+      // From here on as the main kernel has its scores, which are not transposed.
+      support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kQueries,
+                              stream);
+    }
+    support::launch_persistent<flash_bwd_wide_general_sm90<Traits>,
+                               support::Begin::kBesidePrevious>(
+        "flash_bwd_wide_general_sm90", schedule.tiles.count(), Traits::kThreads,
+        sizeof(typename Traits::SharedMemory), stream, params, maps, schedule);
+  };
 }
 
 template <int kRow>
@@ -254,6 +302,15 @@ KernelResources gradients_resources(WideBwdTraits<kRow>*) {
   using Traits = WideBwdTraits<kRow>;
   return support::resources_of(flash_bwd_wide_sm90<Traits>, sizeof(typename Traits::SharedMemory));
 }
+template <int kRow>
+KernelResources gradients_resources(WideGeneralBwdTraits<kRow>*) {
+  using Traits = WideGeneralBwdTraits<kRow>;
+  using Dbias = DbiasTraits<kRow>;
+  return support::larger(
+      support::resources_of(flash_bwd_wide_general_sm90<Traits>,
+                            sizeof(typename Traits::SharedMemory)),
+      support::resources_of(flash_dbias_sm90<Dbias>, sizeof(typename Dbias::SharedMemory)));
+}
 
 template <typename Traits>
 void launch_backward(const BwdParams& params, const LaunchContext& context) {
@@ -265,12 +322,17 @@ void launch_backward(const BwdParams& params, const LaunchContext& context) {
       support::schedule(params.keys, shape.batch, shape.seqlen_k, Traits::kTileN,
                         shape.num_heads_kv),
       Traits::kTileN, params.workspace.turns != nullptr && query_tiles.count() > 0, context.stream);
+  const auto launch_gradients =
+      prepare_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
   // The main kernel waits for the one before it alone, which begins when bits and map are there.
-  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN, support::BitRows::kKeys,
+  // The gradient of a bias comes first, if any, and its scores are transposed in all rows.
+  const bool are_transposed = Traits::kTransposesScores || params.dbias.data != nullptr;
+  support::fill_pair_bits(params, Traits::kTileM, Traits::kTileN,
+                          are_transposed ? support::BitRows::kKeys : support::BitRows::kQueries,
                           context.stream);
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
   support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
-  launch_gradients(static_cast<Traits*>(nullptr), params, schedule, context.stream);
+  launch_gradients();
   support::launch<flash_bwd_dq_sm90<Traits>, support::Begin::kBesidePrevious>(
       "flash_bwd_dq_sm90", params, query_tiles, Traits::kDqThreads, kDqSmemBytes<Traits>,
       context.stream);
@@ -303,8 +365,9 @@ struct Registration {
     } else {
       constexpr bool kIsGeneral = table::kRows[kRow].score == ScoreMode::kGeneral;
       using NarrowTraits = std::conditional_t<kIsGeneral, GeneralBwdTraits<kRow>, BwdTraits<kRow>>;
-      using Traits =
-          std::conditional_t<table::kRows[kRow].is_wide(), WideBwdTraits<kRow>, NarrowTraits>;
+      using WideTraits =
+          std::conditional_t<kIsGeneral, WideGeneralBwdTraits<kRow>, WideBwdTraits<kRow>>;
+      using Traits = std::conditional_t<table::kRows[kRow].is_wide(), WideTraits, NarrowTraits>;
       kernel.backward = launch_backward<Traits>;
       kernel.resources = backward_resources<Traits>;
     }

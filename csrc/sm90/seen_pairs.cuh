@@ -74,8 +74,8 @@ struct SeenPairs {
 };
 
 // Whether a mask is to be looked at for the pairs of a tile: not one of a byte for each pair, which
-// comes as bits, and not one of blocks, for a tile lies in one block, which hides all of its pairs,
-// so that it is not met, or none.
+// is loaded ahead, and not one of blocks, for a tile lies in one block, which hides all of its
+// pairs, so that it is not met, or none.
 FA_DEVICE constexpr bool needs_pairs(const KeepMask& mask) {
   return mask.data != nullptr && mask.block_log2 == 0 && !PairBits::is_of(mask);
 }
@@ -229,6 +229,29 @@ class SeenPairsOfWarpgroup {
       if constexpr (kWords == 4) {
         words_[half][2] = row.z;
         words_[half][3] = row.w;
+      }
+    }
+  }
+
+  // The same words from its bytes, where it has no bits: each lane reads its rows. g_first: of the
+  // first of so many queries and keys that the tensors have.
+  FA_DEVICE void load(const KeepMask& mask, const uint8_t* g_first, int queries, int keys) {
+#pragma unroll 1
+    for (int half = 0; half < kHalves; ++half) {
+      const uint8_t* g_byte = g_first + row_of(half) * mask.query_stride;
+      const int keys_of_row = row_of(half) < queries ? keys : 0;
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {  // the half before it moves up
+        words_[0][word] = words_[1][word];
+      }
+#pragma unroll 1
+      for (int key = 0; key < kKeys; key += kWords) {
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          const bool is_seen = key + word < keys_of_row && __ldg(g_byte) != 0;
+          words_[1][word] = words_[1][word] >> 1 | static_cast<uint32_t>(is_seen) << 31;
+          g_byte += mask.key_stride;
+        }
       }
     }
   }

@@ -142,6 +142,10 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
   const int query = query_tile * params.tile_m;
   const int key_tile = item.tile - query_tile * params.bits.key_tiles;
   const int key = key_tile * params.tile_n;
+  const PrefixWindow window(params.window, 0);
+  if (!window.any({query, query + params.tile_m}, {key, key + params.tile_n})) {
+    return;
+  }
   const int first_row = ptx::warp_index() * kRows;
   const KeepMask& mask = params.mask;
   const auto* g_tile = mask.of_head<const uint8_t>(item.batch, item.head) + mask.offset(query, key);

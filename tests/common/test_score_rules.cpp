@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "common/tile_map.h"
@@ -217,6 +218,71 @@ void check_offsets_beyond_32_bits() {
                4 * static_cast<uintptr_t>(3 * kLarge + 5 * (kLarge + 1)));
 }
 
+void check_bytes_of_masks() {
+  constexpr int kBatch = 2, kHeads = 3, kQueries = 100, kKeys = 1000;
+  struct Layout {
+    const char* name;
+    int64_t batch_stride, head_stride, query_stride, key_stride;
+    int64_t expected;
+  };
+  constexpr int64_t kAll = int64_t{kBatch} * kHeads * kQueries * kKeys;
+  for (const Layout& layout : {
+           Layout{"contiguous", 300000, 100000, 1000, 1, kAll},
+           Layout{"with gaps", 900000, 200000, 1500, 1, kAll},
+           Layout{"heads last", 300000, 1, 3000, 3, kAll},
+           Layout{"one matrix", 0, 0, 1000, 1, kQueries * kKeys},
+           Layout{"of heads", 0, 100000, 1000, 1, kHeads * kQueries * kKeys},
+           Layout{"of keys", 1000, 0, 0, 1, kBatch * kKeys},
+           Layout{"one byte", 0, 0, 0, 0, 1},
+           Layout{"rows that overlap", 0, 0, 1, 1, kQueries + kKeys - 1},
+           Layout{"rows that overlap, in matrices far away", 1 << 30, 1 << 20, 8, 1,
+                  kBatch * kHeads * (8 * (kQueries - 1) + kKeys)},
+           Layout{"matrices that overlap", 0, 1, 1000, 1, kQueries * kKeys + kHeads - 1},
+       }) {
+    const fa::KeepMask mask = {
+        {nullptr, layout.batch_stride, layout.head_stride, layout.query_stride, layout.key_stride},
+        0};
+    const int64_t count = fa::PairBits::bytes_of(mask, kBatch, kHeads, kQueries, kKeys);
+    std::set<int64_t> bytes;
+    for (int b = 0; b < kBatch; ++b) {
+      for (int h = 0; h < kHeads; ++h) {
+        for (int i = 0; i < kQueries; ++i) {
+          for (int j = 0; j < kKeys; ++j) {
+            bytes.insert(b * layout.batch_stride + h * layout.head_stride + mask.offset(i, j));
+          }
+        }
+      }
+    }
+    FA_EXPECT_EQ(count, layout.expected, layout.name);
+    FA_EXPECT(count >= static_cast<int64_t>(bytes.size()), layout.name);
+  }
+}
+
+// Bits take no more memory than the mask, but for a little.
+void check_bytes_of_pair_bits() {
+  uint8_t byte = 1;
+  ScoreRules rules;
+  const auto bits_of = [&rules](int heads, int seqlen_q, int seqlen_k) {
+    return fa::PairBits::of(rules, 2, heads, seqlen_q, seqlen_k, 128, 128);
+  };
+  for (const int heads : {1, 8, 64}) {
+    for (const int seqlen_q : {1, 2, 15, 16, 17, 129, 5000}) {
+      for (const int seqlen_k : {1, 10, 100, 1000, 100000}) {
+        const int64_t matrix = int64_t{seqlen_q} * seqlen_k;
+        rules.masks[0] = {{&byte, heads * matrix, matrix, seqlen_k, 1}, 0};
+        const int64_t whole = 2 * heads * int64_t{fa::ceil_div(seqlen_q, 128)} *
+                              fa::ceil_div(seqlen_k, 128) * 128 * 128 / 8;
+        const bool fits = whole <= 1 << 20 || whole <= 2 * heads * matrix;
+        FA_EXPECT_EQ(bits_of(heads, seqlen_q, seqlen_k).bytes(), fits ? whole : 0, heads, "heads,",
+                     seqlen_q, "x", seqlen_k);
+      }
+    }
+  }
+  rules.masks[0] = {{&byte, 0, 0, 1, 1}, 0};
+  FA_EXPECT_EQ(bits_of(1, 2000, 2000).bytes(), 16 * 16 * 2048, "rows that overlap");
+  FA_EXPECT_EQ(bits_of(1, 4000, 4000).bytes(), 0, "long rows that overlap");
+}
+
 // Only a mask that has a byte for each pair is packed, and its tiles lie one after the other.
 void check_pair_bits() {
   uint8_t byte = 1;
@@ -255,7 +321,10 @@ void check_pair_bits() {
       FA_EXPECT(by_head || bits.tile(2, 1, 1, 3) == bits.tile(2, 0, 1, 3));
     }
   }
-  const fa::PairBits large = bits_of(1 << 20, 1 << 20);
+  constexpr int64_t kLong = 1 << 20;
+  rules.masks[0] = {{&byte, 2 * kLong * kLong, kLong * kLong, kLong, 1}, 0};
+  const fa::PairBits large = bits_of(kLong, kLong);
+  FA_EXPECT_EQ(large.bytes(), 6 * kLong * kLong / 8);
   FA_EXPECT_EQ(large.tile(2, 1, (1 << 13) - 1, (1 << 14) - 1) - large.words,
                large.count - kTileWords);
 }
@@ -268,6 +337,8 @@ int main() {
   check_what_there_is();
   check_visibility();
   check_offsets_beyond_32_bits();
+  check_bytes_of_masks();
   check_pair_bits();
+  check_bytes_of_pair_bits();
   return fa::test::report("common/test_score_rules");
 }

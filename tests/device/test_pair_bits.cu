@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Masks packed into bits against a loop on the host: every word, in both orientations.
+// Masks packed into bits against a loop on the host: every word, in both orientations, and none of
+// tiles that a window hides.
 // Prints a line per check; returns 0 if all hold, 1 if one does not, 77 without a GPU.
 #include <random>
 #include <string>
 
 #include "common/check.h"
 #include "common/math.h"
+#include "support/launch.cuh"
 #include "support/pair_bits.h"
 #include "tests/support/cuda_blocks.h"
 
@@ -80,27 +82,42 @@ struct Problem {
   ScoreRules rules;
 };
 
+struct Window {
+  int left = -1;
+  int right = -1;
+};
+
 void test_bits(const Layout& layout, const Problem& problem, int tile_m, int tile_n,
-               support::BitRows rows) {
+               support::BitRows rows, Window bounds = {}) {
   const Shape& shape = problem.shape;
+  const WindowMask window(shape.seqlen_q, shape.seqlen_k, bounds.left, bounds.right);
   PairBits bits =
       PairBits::of(problem.rules, kBatch, kHeads, shape.seqlen_q, shape.seqlen_k, tile_m, tile_n);
   constexpr int kGuard = 64;
-  constexpr uint32_t kUnwritten = 0xFFFFFFFF;
+  constexpr uint32_t kUnwritten = 0x5A5A5A5A;
   Managed<uint32_t> words(bits.count + kGuard, kUnwritten);
   bits.words = words.data;
-  support::launch_pair_bits({problem.rules.masks[0], bits, shape, tile_m, tile_n, rows}, nullptr);
+  support::launch_pair_bits({problem.rules.masks[0], bits, shape, window, tile_m, tile_n, rows},
+                            nullptr);
   check_cuda(cudaDeviceSynchronize(), "run");
   const bool keys_are_rows = rows == support::BitRows::kKeys;
   const int tile_rows = keys_are_rows ? tile_n : tile_m;
   const int row_words = (keys_are_rows ? tile_m : tile_n) / 32;
   int wrong = 0;
+  int hidden = 0;
   int64_t count = 0;
   for (int b = 0; b < bits.batch(kBatch); ++b) {
     for (int head = 0; head < bits.heads(kHeads); ++head) {
       for (int i = 0; i < ceil_div(shape.seqlen_q, tile_m); ++i) {
         for (int j = 0; j < ceil_div(shape.seqlen_k, tile_n); ++j) {
           const uint32_t* tile = bits.tile(b, head, i, j);
+          bool is_seen = false;
+          for (int query = i * tile_m; query < min((i + 1) * tile_m, shape.seqlen_q); ++query) {
+            for (int key = j * tile_n; key < min((j + 1) * tile_n, shape.seqlen_k); ++key) {
+              is_seen |= window.allows(query, key);
+            }
+          }
+          hidden += !is_seen;
           for (int row = 0; row < tile_rows; ++row) {
             for (int word = 0; word < row_words; ++word, ++count) {
               uint32_t expected = 0;
@@ -110,7 +127,7 @@ void test_bits(const Layout& layout, const Problem& problem, int tile_m, int til
                 const int key = j * tile_n + (keys_are_rows ? row : col);
                 expected |= static_cast<uint32_t>(problem.keeps(b, head, query, key)) << bit;
               }
-              wrong += tile[row * row_words + word] != expected;
+              wrong += tile[row * row_words + word] != (is_seen ? expected : kUnwritten);
             }
           }
         }
@@ -122,8 +139,40 @@ void test_bits(const Layout& layout, const Problem& problem, int tile_m, int til
     wrong += words[bits.count + i] != kUnwritten;
   }
   report(concat("bits of ", shape.seqlen_q, "x", shape.seqlen_k, " in ", layout.name, ", tiles ",
-                tile_m, "x", tile_n, keys_are_rows ? ", keys first" : ""),
+                tile_m, "x", tile_n, keys_are_rows ? ", keys first" : "", ", ", hidden, " hidden"),
          wrong, static_cast<int>(count));
+}
+
+// More tiles than one launch has blocks, of a pair each.
+void test_many_tiles() {
+  constexpr int kTileM = 32, kTileN = 64, kTileWords = kTileM * kTileN / 32;
+  const Shape shape = {1024, 1100, 1, 1, 1, 64, 64};
+  const int64_t tiles = int64_t{shape.batch} * shape.num_heads;
+  check(tiles > support::kMaxBlocks, ErrorKind::kRuntime, "the tiles fit one launch");
+  Managed<uint8_t> bytes(tiles);
+  for (int64_t i = 0; i < tiles; ++i) {
+    bytes[i] = i % 3 == 0;
+  }
+  constexpr uint32_t kUnwritten = 0x5A5A5A5A;
+  Managed<uint32_t> words(tiles * kTileWords, kUnwritten);
+  const PairBits bits = {.words = words.data,
+                         .batch_stride = int64_t{shape.num_heads} * kTileWords,
+                         .head_stride = kTileWords,
+                         .query_tiles = 1,
+                         .key_tiles = 1,
+                         .tile_words = kTileWords,
+                         .count = tiles * kTileWords};
+  const KeepMask mask = {{bytes.data, shape.num_heads, 1, 1, 1}, 0};
+  support::launch_pair_bits(
+      {mask, bits, shape, WindowMask(1, 1, -1, -1), kTileM, kTileN, support::BitRows::kQueries},
+      nullptr);
+  check_cuda(cudaDeviceSynchronize(), "run");
+  int wrong = 0;
+  for (int64_t i = 0; i < bits.count; ++i) {
+    const uint32_t expected = i % kTileWords == 0 ? bytes[i / kTileWords] : 0;
+    wrong += words[i] != expected;
+  }
+  report("bits of more tiles than a launch has blocks", wrong, static_cast<int>(bits.count));
 }
 
 // What rules have a mask that is packed.
@@ -151,6 +200,7 @@ int main() {
   return run_tests([] {
     using enum support::BitRows;
     test_masks();
+    test_many_tiles();
     std::mt19937 random(0);
     for (const Layout& layout : kLayouts) {
       for (const auto [seqlen_q, seqlen_k] :
@@ -163,6 +213,11 @@ int main() {
           test_bits(layout, problem, 64, 64, rows);
         }
       }
+    }
+    const Problem problem({"packed rows of keys"}, 400, 500, random);
+    for (const auto rows : {kQueries, kKeys}) {
+      test_bits(kLayouts[2], problem, 128, 128, rows, {-1, 0});
+      test_bits(kLayouts[2], problem, 64, 128, rows, {50, 10});
     }
   });
 }

@@ -14,11 +14,11 @@
 #include "device/seen_tiles.cuh"
 #include "device/work_order.cuh"
 #include "dispatch/registry.h"
-#include "sm90/seen_pairs.cuh"
+#include "support/launch.cuh"
 #include "support/pair_bits.h"
 #include "support/tile_map.h"
 #include "tests/support/cuda_blocks.h"
-#include "tests/support/cuda_rules.h"
+#include "tests/support/cuda_managed_rules.h"
 
 namespace {
 
@@ -27,13 +27,6 @@ using namespace fa::test;
 
 std::mt19937 g_random(0);
 int draw(int least, int most) { return std::uniform_int_distribution<int>(least, most)(g_random); }
-
-template <typename T>
-std::unique_ptr<Managed<T>> managed(const std::vector<T>& values) {
-  auto memory = std::make_unique<Managed<T>>(std::max(values.size(), size_t{1}));
-  std::copy(values.begin(), values.end(), memory->data);
-  return memory;
-}
 
 // What a caller may give, and where what comes of it is to be written.
 struct Side {
@@ -134,54 +127,6 @@ void test_find_tile() {
   }
 }
 
-struct MapCase {
-  const char* name;
-  Shape shape;
-  RuleSpec rules;
-  int left = -1;
-  int right = -1;
-  std::vector<int> lengths = {};  // of packed queries and of packed keys
-};
-
-// Rules where both sides see them.
-class Rules {
- public:
-  Rules(const MapCase& test, std::mt19937& generator)
-      : host_(test.rules, test.shape, generator),
-        ids_(managed(host_.ids())),
-        prefix_lens_(
-            managed<int32_t>({test.rules.prefix_lens.begin(), test.rules.prefix_lens.end()})) {
-    for (const HostRules::Mask& mask : host_.masks()) {
-      masks_.push_back(managed(mask.bytes));
-    }
-    std::vector<float> bias(host_.bias().begin(), host_.bias().end());
-    bias_ = managed(bias);
-  }
-
-  ScoreRules view() const {
-    ScoreRules view;
-    if (host_.spec().bias) {
-      view.bias = host_.bias_entries().strides;
-      view.bias.data = bias_->data;
-    }
-    for (size_t i = 0; i < masks_.size(); ++i) {
-      view.masks[i] = {host_.masks()[i].entries.strides, host_.masks()[i].block_log2};
-      view.masks[i].data = masks_[i]->data;
-    }
-    view.document_ids = host_.ids().empty() ? nullptr : ids_->data;
-    view.document_stride = host_.seqlen();
-    view.prefix_lens = host_.spec().prefix_lens.empty() ? nullptr : prefix_lens_->data;
-    return view;
-  }
-
- private:
-  HostRules host_;
-  std::unique_ptr<Managed<int32_t>> ids_;
-  std::unique_ptr<Managed<int32_t>> prefix_lens_;
-  std::vector<std::unique_ptr<Managed<uint8_t>>> masks_;
-  std::unique_ptr<Managed<float>> bias_;
-};
-
 TileClass class_of_counts(int seen, int all) {
   return seen == all ? TileClass::kSeen : seen == 0 ? TileClass::kHidden : TileClass::kMixed;
 }
@@ -192,7 +137,7 @@ bool is_right(TileClass actual, TileClass pairs, bool must_be_exact) {
   return actual == pairs || (actual == TileClass::kMixed && !must_be_exact);
 }
 
-void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
+void test_tile_map(const RuleCase& test, int tile_m, int tile_n) {
   const Rules rules(test, g_random);
   const Shape& shape = test.shape;
   std::vector<int32_t> first_rows = {0};
@@ -214,16 +159,16 @@ void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
   PairBits bits = has_bits ? PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q,
                                           shape.seqlen_k, tile_m, tile_n)
                            : PairBits{};
+  const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
   Managed<uint32_t> words(bits.count + 1);
   if (bits.count > 0) {
     bits.words = words.data;
     support::launch_pair_bits(
-        {view.masks[0], bits, shape, tile_m, tile_n, support::BitRows::kQueries}, nullptr);
+        {view.masks[0], bits, shape, window, tile_m, tile_n, support::BitRows::kQueries}, nullptr);
   }
   constexpr auto kUnwritten = static_cast<TileClass>(77);
   Managed<TileClass> classes(of_head * (by_head ? shape.num_heads : 1), kUnwritten);
   const TileMap map = {classes.data, by_head ? of_head : 0, key_tiles};
-  const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
   support::launch_tile_map({view, window, shape, sequences, sequences, bits, map, tile_m, tile_n},
                            nullptr);
   check_cuda(cudaDeviceSynchronize(), "run");
@@ -264,7 +209,7 @@ void test_tile_map(const MapCase& test, int tile_m, int tile_n) {
          wrong, count);
 }
 
-const MapCase kMapCases[] = {
+const RuleCase kRuleCases[] = {
     {"a mask", {2, 2, 1, 300, 512, 64, 64}, {.masks = {{}}}},
     {"a mask of one matrix in squares",
      {2, 2, 1, 512, 700, 64, 64},
@@ -300,6 +245,36 @@ const MapCase kMapCases[] = {
      {300, 0, 1, 129, 64}},
 };
 
+// More blocks than one launch has, each of which tells one class.
+void test_map_of_many_heads(int block_log2) {
+  constexpr int kTile = 128;
+  const Shape shape = {1024, 1100, 1, kTile, kTile, 64, 64};
+  const int64_t heads = int64_t{shape.batch} * shape.num_heads;
+  check(heads > support::kMaxBlocks, ErrorKind::kRuntime, "the tiles fit one launch");
+  Managed<uint8_t> bytes(heads);
+  for (int64_t i = 0; i < heads; ++i) {
+    bytes[i] = i % 3 == 0;
+  }
+  ScoreRules rules;
+  rules.masks[0] = {{bytes.data, shape.num_heads, 1, 0, 0}, block_log2};
+  constexpr auto kUnwritten = static_cast<TileClass>(77);
+  Managed<TileClass> classes(heads, kUnwritten);
+  const TileMap map = {classes.data, shape.batch, 1};
+  support::launch_tile_map(
+      {rules, WindowMask(kTile, kTile, -1, -1), shape, {}, {}, {}, map, kTile, kTile}, nullptr);
+  check_cuda(cudaDeviceSynchronize(), "run");
+  int wrong = 0;
+  for (int b = 0; b < shape.batch; ++b) {
+    for (int head = 0; head < shape.num_heads; ++head) {
+      const TileClass expected =
+          bytes[int64_t{b} * shape.num_heads + head] != 0 ? TileClass::kSeen : TileClass::kHidden;
+      wrong += map.at(head, b, 0) != expected;
+    }
+  }
+  report(concat("tile map of many heads, a byte for ", 1 << block_log2), wrong,
+         static_cast<int>(heads));
+}
+
 // The scores of one warp after its rules: scale * score + bias, -1000 where hidden.
 template <typename Scores>
 __global__ void rules_kernel(const __grid_constant__ ScoreRules rules, WindowMask window,
@@ -319,12 +294,12 @@ __global__ void rules_kernel(const __grid_constant__ ScoreRules rules, WindowMas
 template <typename Scores>
 void test_scores(const std::string& layout) {
   constexpr int kStride = 256;
-  const MapCase test = {"scores",
-                        {2, 3, 1, 150, 170, 64, 64},
-                        {.bias = BiasSpec{},
-                         .masks = {{}, {.over = {.query = true}}, {.block_log2 = 7, .keep = 0.8}},
-                         .documents = 2,
-                         .prefix_lens = {0, 60}}};
+  const RuleCase test = {"scores",
+                         {2, 3, 1, 150, 170, 64, 64},
+                         {.bias = BiasSpec{},
+                          .masks = {{}, {.over = {.query = true}}, {.block_log2 = 7, .keep = 0.8}},
+                          .documents = 2,
+                          .prefix_lens = {0, 60}}};
   const Rules rules(test, g_random);
   const WindowMask window(150, 170, 50, 10);
   for (const int first_query : {0, 48, 112}) {
@@ -359,120 +334,20 @@ void test_scores(const std::string& layout) {
   }
 }
 
-// What one warp finds out for a warpgroup of Hopper's general forward, and four warps read: 1 where
-// a pair is seen.
-template <int kKeys>
-__global__ void seen_pairs_kernel(const __grid_constant__ ScoreRules rules, WindowMask window,
-                                  int first_query, int first_key, const uint32_t* g_bits,
-                                  float* g_scores) {
-  __shared__ sm90::SeenPairs<kKeys> s_pairs;
-  sm90::SeenPairsOfWarpgroup<kKeys> seen;
-  seen.find([&](int half) {
-    sm90::SeenPairsOfWarp<kKeys> found(PrefixWindow(rules, window, 1),
-                                       first_query + half * ptx::kWarpSize, window.seqlen_q(),
-                                       first_key);
-    found.keep_masks(rules, 1, 2);
-    return found;
-  });
-  if (g_bits != nullptr) {
-    sm90::SeenPairsOfWarpgroup<kKeys> of_mask;
-    of_mask.load(g_bits);
-    seen.keep(of_mask);
-  }
-  if (rules.document_ids != nullptr) {
-    const int32_t* g_ids = rules.document_ids + rules.document_stride;
-    sm90::DocumentsOfWarpgroup<kKeys> documents;
-    documents.load_queries(g_ids, first_query, window.seqlen_q());
-    documents.load_keys(g_ids, first_key, window.seqlen_k());
-    seen.keep(documents);
-  }
-  seen.store(s_pairs);
-  __syncwarp();
-  for (int row = 0; row < sm90::SeenPairs<kKeys>::kRows; row += device::kBlockRows) {
-    device::Accumulator<device::kBlockRows, kKeys> r_scores;
-    r_scores.transform([](float, int, int, int) { return 1.0f; });
-    typename sm90::SeenPairs<kKeys>::OfThread r_seen;
-    s_pairs.load(r_seen, row);
-    s_pairs.keep_seen(r_scores, r_seen);
-    dump(r_scores, g_scores, kKeys, row, 0);
-  }
-}
-
-template <int kKeys>
-void test_seen_pairs(const MapCase& test) {
-  constexpr int kQueries = 64;
-  const Rules rules(test, g_random);
-  const ScoreRules view = rules.view();
-  const Shape& shape = test.shape;
-  const WindowMask window(shape.seqlen_q, shape.seqlen_k, test.left, test.right);
-  const Visibility visibility(view, window, 1, 2);
-  PairBits bits = PairBits::of(view, shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k,
-                               kQueries, kKeys);
-  Managed<uint32_t> words(bits.count + 1);
-  if (bits.count > 0) {
-    bits.words = words.data;
-    support::launch_pair_bits(
-        {view.masks[0], bits, shape, kQueries, kKeys, support::BitRows::kQueries}, nullptr);
-  }
-  int wrong = 0;
-  int seen = 0;
-  int count = 0;
-  for (int i = 0; i * kQueries < shape.seqlen_q; ++i) {
-    for (int j = 0; j * kKeys < shape.seqlen_k; ++j) {
-      Managed<float> scores(kQueries * kKeys, kUntouched);
-      run<seen_pairs_kernel<kKeys>>(1, 32, 0, view, window, i * kQueries, j * kKeys,
-                                    bits.count > 0 ? bits.tile(1, 2, i, j) : nullptr, scores.data);
-      for (int row = 0; row < kQueries; ++row) {
-        for (int col = 0; col < kKeys; ++col, ++count) {
-          const int query = i * kQueries + row;
-          const int key = j * kKeys + col;
-          const bool sees =
-              query < shape.seqlen_q && key < shape.seqlen_k && visibility.allows(query, key);
-          wrong += scores[row * kKeys + col] != (sees ? 1.0f : -INFINITY);
-          seen += sees;
-        }
-      }
-    }
-  }
-  report(concat("pairs seen, ", test.name, ", of ", kKeys, " keys: ", seen), wrong, count);
-}
-
-const MapCase kSeenCases[] = {
-    {"window", {2, 3, 1, 150, 300, 64, 64}, {}, 50, 10},
-    {"window and prefix", {2, 3, 1, 300, 150, 64, 64}, {.prefix_lens = {0, 70}}, 20, 3},
-    {"documents", {2, 3, 1, 300, 300, 64, 64}, {.documents = 2}},
-    {"many documents, causal", {2, 3, 1, 300, 300, 64, 64}, {.documents = 40}, -1, 0},
-    {"a mask", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{}}}},
-    {"a mask of queries", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.over = {.key = true}}}}},
-    {"a mask of keys", {2, 3, 1, 150, 300, 64, 64}, {.masks = {{.over = {.query = true}}}}},
-    {"a mask of all",
-     {2, 3, 1, 90, 90, 64, 64},
-     {.masks = {{.over = {.query = true, .key = true}}}}},
-    {"everything",
-     {2, 3, 1, 300, 300, 64, 64},
-     {.masks = {{}, {.over = {.head = true, .query = true}}},
-      .documents = 3,
-      .prefix_lens = {0, 60}},
-     80,
-     10},
-};
-
 }  // namespace
 
 int main() {
   return run_tests([] {
     test_clean_sequences();
     test_find_tile();
-    for (const MapCase& test : kMapCases) {
+    for (const RuleCase& test : kRuleCases) {
       test_tile_map(test, 128, 128);
       test_tile_map(test, 128, 64);
       test_tile_map(test, 64, 32);
       test_tile_map(test, 32, 112);
     }
-    for (const MapCase& test : kSeenCases) {
-      test_seen_pairs<64>(test);
-      test_seen_pairs<128>(test);
-    }
+    test_map_of_many_heads(0);
+    test_map_of_many_heads(7);
     test_scores<device::Accumulator<16, 64>>("whole rows");
     test_scores<device::Accumulator<32, 32>>("two blocks of rows");
     test_scores<device::Accumulator<32, 32, 64, 48>>("warps that take turns");

@@ -23,7 +23,6 @@ constexpr int kLargestHeadDim = 512;
 
 // With kernels for Hopper alone.
 constexpr int kLargestHeadDimOfHopper = 256;
-constexpr int kLargestGeneralHeadDimOfHopper = 128;  // of backward
 
 struct Choice {
   Family family;
@@ -76,10 +75,8 @@ void check_choices() {
         if (head_dim <= kLargestHeadDimOfHopper) {
           check({kSm90, pass, kBFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
           check({kSm90, pass, kFloat16, head_dim, full_mask, kPlain, kSmemOptIns[2]});
-          if (pass == kForward || head_dim <= kLargestGeneralHeadDimOfHopper) {
-            check({kSm90, pass, kBFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
-            check({kSm90, pass, kFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
-          }
+          check({kSm90, pass, kBFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
+          check({kSm90, pass, kFloat16, head_dim, full_mask, kGeneral, kSmemOptIns[2]});
         }
       }
     }
@@ -133,6 +130,18 @@ void check_stages() {
   }
 }
 
+// For how many tiles of keys and values there is room where Hopper's gradient of a bias is
+// computed.
+void check_dbias_stages() {
+  for (const KernelConfig& row : kRows) {
+    if (row.family == kSm90 && row.pass == kBackward && row.score == kGeneral) {
+      FA_EXPECT_EQ(row.dbias_key_stages(), row.head_dim <= 192 ? 2 : 1, row.name());
+      FA_EXPECT(row.smem_bytes() >= row.sm90_dbias_smem_bytes(), row.name());
+      FA_EXPECT(row.smem_bytes() <= kSmemOptIns[2], row.name());
+    }
+  }
+}
+
 template <Family kFamily, Pass kPass, int kHeadDim>
 void count_visits(std::array<int, kNumRows>& visits) {
   for_each_row<kFamily, kPass, kHeadDim>([&]<int kRow>() {
@@ -173,6 +182,7 @@ int main() {
   check_each_row();
   check_fits();
   check_stages();
+  check_dbias_stages();
   check_visits<kSm80, 64, 96, 128, 192, 256, 512>();
   check_visits<kSm90, 64, 96, 128, 192, 256>();
   check_visits<kCpu, kLargestHeadDim>();

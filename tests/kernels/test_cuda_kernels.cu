@@ -249,8 +249,9 @@ class BackwardTest {
     const DeviceTileMap map(shape, problem_.queries, problem_.rules.view(), config().tile_m,
                             config().tile_n);
     const ScoreTensor dbias =
-        test().rules.bias ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
-                          : ScoreTensor{};
+        test().rules.has_dbias()
+            ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
+            : ScoreTensor{};
     const HostRules& rules = problem_.host_rules;
     const DeviceHeadGradient dslopes(rules.slopes().size(), rules.slope_strides(), shape.num_heads,
                                      problem_.keys.tiles(shape.seqlen_k, config().tile_n));
@@ -298,13 +299,13 @@ class BackwardTest {
 
   // Zero where the bias has entries, poison in the gaps.
   void clear_dbias() {
-    if (test().rules.bias) {
+    if (test().rules.has_dbias()) {
       dbias_.upload(problem_.rules.bytes_of(std::vector<double>(entries().size()), entries()));
     }
   }
 
   void compare_dbias(const std::string& mode, double bound) {
-    if (!test().rules.bias) {
+    if (!test().rules.has_dbias()) {
       return;
     }
     ++g_checks;

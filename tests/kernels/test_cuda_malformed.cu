@@ -219,7 +219,7 @@ class MalformedTest {
   void add_pair_bits(DeviceMemory& memory, const KernelConfig& config, Params& params) {
     if (config.reads_pair_bits()) {
       params.pair_bits = pair_bits_of(params, config.tile_m, config.tile_n);
-      const int64_t bytes = params.pair_bits.count * static_cast<int64_t>(sizeof(uint32_t));
+      const int64_t bytes = params.pair_bits.bytes();
       params.pair_bits.words =
           bytes == 0 ? nullptr : static_cast<uint32_t*>(memory.allocate(bytes));
     }

@@ -85,6 +85,40 @@ def test_rules_need_no_matrix(kind: str, backward: bool) -> None:
     assert torch.cuda.max_memory_allocated() - before < ALLOWED_BYTES
 
 
+def _mask_of_pairs(kind: str) -> Tensor:
+    if kind == "overlapping":
+        return (torch.rand(2 * SEQLEN, device="cuda") < 0.5).as_strided(
+            (1, 1, SEQLEN, SEQLEN), (0, 0, 1, 1)
+        )
+    shape = (8, 8, 2, 2 * SEQLEN) if kind == "few queries" else (1, 4, SEQLEN // 2, SEQLEN // 2)
+    return torch.empty(shape, device="cuda", dtype=torch.bool).bernoulli_(0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("kind", "share"), [("whole", 8), ("few queries", 1), ("overlapping", 1)])
+def test_a_mask_of_pairs_needs_no_more_than_it_has(kind: str, share: int, backward: bool) -> None:
+    mask = _mask_of_pairs(kind)
+    batch, heads, seqlen_q, seqlen_k = mask.shape
+    q = torch.randn(batch, seqlen_q, heads, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, batch, seqlen_k, 1, 64, device="cuda", dtype=torch.bfloat16)
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+
+    def peak(**rules: Tensor) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = flash_attn_func(*inputs, **rules)
+        if backward:
+            torch.autograd.grad(out.sum(), inputs)
+        return torch.cuda.max_memory_allocated() - before
+
+    # The same kernels without bits and a map of tiles.
+    without = peak(prefix_lens=torch.zeros(batch, device="cuda", dtype=torch.int32))
+    of_map = 2 * batch * heads * (seqlen_q // 64 + 1) * (seqlen_k // 64 + 1)
+    allowed = max(mask.untyped_storage().nbytes() // share, 1 << 20) + of_map
+    assert peak(attn_mask=mask) - without <= allowed
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

@@ -53,27 +53,30 @@ MANY_BLOCKS = [
     if case.causal and case.dtype == "bfloat16"
 ]
 
-# Tiles of queries and keys by the dozen, in all of which pairs are hidden.
+# Tiles of queries and keys by the dozen, in all of which pairs are hidden; and of keys in all heads
+# more than twice as many as a GPU has multiprocessors, so that blocks take one after the other.
 RULES: list[dict[str, Any]] = [
     {"bias": "qk", "window": (1000, 1000)},
     {"bias": "hqk", "bias_dtype": "float32", "documents": "shuffled"},
     {"mask": "hqk", "density": 0.7, "causal": True},
+    {"documents": "runs", "causal": True},
+    {"prefix": True, "window": (300, 0)},
     {"padding": "left", "documents": "runs", "prefix": True, "causal": True},
 ]
 RULED = [
     Case(
-        batch=1,
+        batch=7,
         seqlen_q=1240,
         seqlen_k=1240,
-        heads=4,
-        heads_kv=2,
+        heads=8,
+        heads_kv=4,
         head_dim=head_dim,
         dtype="bfloat16",
         deterministic=True,
         device="cuda",
         **rules,
     )
-    for head_dim in (64, 128, 256)
+    for head_dim in (64, 128, 192, 256)
     for rules in RULES
 ]
 

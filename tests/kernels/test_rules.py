@@ -190,6 +190,47 @@ def test_masks_that_hide_nothing(device: str, head_dim: int, dtype: str) -> None
 
 
 @on_head_dims
+def test_a_mask_means_the_same_as_bits_and_as_bytes(device: str, head_dim: int) -> None:
+    """Of few queries in many heads Hopper's kernels read bytes, and of one batch entry bits."""
+    shape = {"batch": 4, "heads": 48, "heads_kv": 6, "seqlen_q": 5, "seqlen_k": 1000}
+    case = _case(device, head_dim, dtype="bfloat16", bias=None, mask="bhqk", **shape)
+    inputs = make_inputs(case)
+    together = run(case, inputs, backward=True)
+    for b in range(case.batch):
+        one = slice(b, b + 1)
+        alone = dataclasses.replace(
+            inputs,
+            **{name: getattr(inputs, name)[one] for name in ("q", "k", "v", "dout", "dlse")},
+            rules={"attn_mask": inputs.rules["attn_mask"][one]},
+        )
+        part = Results(*(x if x is None else x[one] for x in vars(together).values()))
+        _assert_same_bits(case, run(case, alone, backward=True), part)
+
+
+@on_head_dims
+@pytest.mark.parametrize("step", [1, 8])  # with 8, rows begin at multiples of 16 bytes
+def test_rows_of_biases_and_masks_may_overlap(device: str, head_dim: int, step: int) -> None:
+    case = _case(device, head_dim, dtype="bfloat16", bias="hqk", mask="hqk", causal=True)
+    inputs = make_inputs(case)
+    shape = (1, case.heads, case.seqlen_q, case.seqlen_k)
+    of_head = 8 * math.ceil((step * (case.seqlen_q - 1) + case.seqlen_k) / 8)
+
+    def overlap(memory: Tensor) -> Tensor:
+        return memory.to(device).as_strided(shape, (0, of_head, step, 1))
+
+    generator = case.generator()
+    bias = torch.randn(case.heads, of_head, generator=generator, dtype=torch.bfloat16)
+    mask = {"attn_mask": overlap(torch.rand(case.heads, of_head, generator=generator) < 0.7)}
+    inputs = dataclasses.replace(
+        inputs,
+        bias=overlap(bias),
+        rules=inputs.rules | mask,
+        visibility=inputs.visibility | mask,
+    )
+    _assert_within_bound(case, run(case, inputs, backward=True), inputs)
+
+
+@on_head_dims
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", ["", "qk"])
 def test_packed_sequences_are_separate_calls(

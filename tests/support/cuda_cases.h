@@ -225,6 +225,38 @@ inline std::vector<Case> head_dim_v_cases() {
   };
 }
 
+// Tiles of keys by the hundred, so that every block of Hopper's kernels for backward has several.
+inline std::vector<Case> rules_in_many_tiles() {
+  std::vector<Case> cases;
+  for (const int head_dim : {64, 128, 256}) {
+    const std::vector<Case> of_head_dim = {
+        {.name = "mask, several tiles of keys for each block",
+         .shape = {6, 48, 24, 200, 200, head_dim},
+         .rules = {.masks = {{.grain = 12, .keep = 0.6}}},
+         .repeats = 10},
+        {.name = "documents, several tiles of keys for each block",
+         .shape = {6, 24, 24, 200, 200, head_dim},
+         .right = 0,
+         .rules = {.documents = 3},
+         .repeats = 10},
+        {.name = "prefix, several tiles of keys for each block",
+         .shape = {6, 48, 24, 150, 200, head_dim},
+         .left = 50,
+         .right = 0,
+         .rules = {.prefix_lens = {0, 70, 1, 1000, 129, 40}},
+         .repeats = 10},
+        {.name = "bias, several tiles of keys for each block",
+         .shape = {6, 24, 24, 200, 200, head_dim},
+         .left = 150,
+         .right = 100,
+         .rules = {.bias = BiasSpec{.minus_infinity = 0.1}},
+         .repeats = 10},
+    };
+    cases.insert(cases.end(), of_head_dim.begin(), of_head_dim.end());
+  }
+  return cases;
+}
+
 inline std::vector<Case> rule_cases() {
   constexpr Broadcast kOneMatrix = {.batch = true, .head = true};
   const std::vector<Case> cases = {
@@ -267,6 +299,12 @@ inline std::vector<Case> rule_cases() {
        .right = 0,
        .scale = 0.0,
        .rules = {.bias = BiasSpec{}}},
+      {.name = "bias of rows that overlap, bfloat16",
+       .shape = {2, 4, 2, 130, 200, 64},
+       .rules = {.bias = BiasSpec{.dtype = Dtype::kBFloat16, .step = 1}}},
+      {.name = "bias of rows that overlap by multiples of 16 bytes, bfloat16",
+       .shape = {2, 4, 2, 130, 200, 128},
+       .rules = {.bias = BiasSpec{.dtype = Dtype::kBFloat16, .step = 8}}},
       {.name = "bias in strips, bfloat16",  // of tiles, more than there are blocks
        .shape = {2, 64, 8, 304, 304, 32},
        .right = 0,
@@ -295,6 +333,19 @@ inline std::vector<Case> rule_cases() {
        .rules = {.masks = {{.over = {.head = true, .query = true}},
                            {.over = {.batch = true, .key = true}},
                            {.block_log2 = 7, .queries_last = true}}}},
+      // Too small for what bits of all its tiles would take.
+      {.name = "mask of few queries in many heads",
+       .shape = {4, 48, 6, 5, 1000, kOfRow},
+       .rules = {.masks = {{.keep = 0.5}}}},
+      {.name = "mask of rows that overlap in many heads",
+       .shape = {2, 32, 8, 300, 400, 64},
+       .right = 0,
+       .rules = {.masks = {{.keep = 0.5, .step = 1}}}},
+      {.name = "mask of rows that overlap in many heads, with documents and a bias",
+       .shape = {2, 40, 8, 300, 300, 128},
+       .rules = {.bias = BiasSpec{{.batch = true}, Dtype::kBFloat16},
+                 .masks = {{.keep = 0.5, .step = 1}},
+                 .documents = 2}},
       {.name = "mask hides all",
        .shape = {1, 2, 1, 70, 90, kOfRow},
        .rules = {.masks = {{.keep = 0.0}}}},
@@ -527,7 +578,7 @@ inline std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const std::vector<Case>& some :
        {fixed_length_cases(), variable_length_cases(), total_length_cases(), head_dim_v_cases(),
-        rule_cases(), term_cases()}) {
+        rule_cases(), rules_in_many_tiles(), term_cases()}) {
     cases.insert(cases.end(), some.begin(), some.end());
   }
   return cases;

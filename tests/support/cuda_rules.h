@@ -27,6 +27,7 @@ struct BiasSpec {
   Dtype dtype = Dtype::kFloat32;
   bool queries_last = false;    // in memory
   double minus_infinity = 0.0;  // how many of its entries
+  int step = 0;                 // from row to row, which then overlap; no gradient is asked for
 };
 
 struct MaskSpec {
@@ -35,6 +36,7 @@ struct MaskSpec {
   bool queries_last = false;
   int grain = 1;      // squares of so many entries say the same,
   double keep = 0.7;  // and so many of them keep
+  int step = 0;       // from row to row, which then overlap
 };
 
 // Terms of common/score_terms.h.
@@ -58,13 +60,15 @@ struct RuleSpec {
   std::vector<int> prefix_lens;
   TermSpec terms;
 
+  // An entry of the gradient has a place of its own.
+  bool has_dbias() const { return bias.has_value() && bias->step == 0; }
   bool any() const {
     return bias.has_value() || !masks.empty() || documents > 0 || !prefix_lens.empty() ||
            terms.any();
   }
 };
 
-// Where the entries of a ScoreTensor lie; rows have a gap behind them.
+// Where the entries of a ScoreTensor lie; rows have a gap behind them, or overlap.
 struct Entries {
   ScoreTensor strides;  // without data
   int64_t count = 0;
@@ -74,13 +78,17 @@ struct Entries {
   }
 };
 
-inline Entries place_entries(const Broadcast& over, bool queries_last, int batch, int heads,
-                             int queries, int keys) {
+template <typename Spec>
+Entries place_entries(const Spec& spec, int batch, int heads, int queries, int keys) {
   constexpr int kGap = 16;
+  const Broadcast& over = spec.over;
+  const bool queries_last = spec.queries_last;
   const int64_t rows = over.query ? 1 : queries;
   const int64_t cols = over.key ? 1 : keys;
-  const int64_t line = (queries_last ? rows : cols) + kGap;
-  const int64_t matrix = (queries_last ? cols : rows) * line;
+  const int64_t length = (queries_last ? rows : cols) + kGap;
+  const int64_t line = spec.step == 0 ? length : spec.step;
+  const int64_t end = (queries_last ? cols : rows) * line;
+  const int64_t matrix = spec.step == 0 ? end : (end + length) / kGap * kGap;
   const int64_t entry = (over.head ? 1 : heads) * matrix;
   Entries entries;
   entries.strides.batch_stride = over.batch ? 0 : entry;
@@ -104,8 +112,8 @@ class HostRules {
       : spec_(spec), seqlen_(std::max(shape.seqlen_q, shape.seqlen_k)) {
     std::uniform_real_distribution<double> uniform;
     if (spec.bias) {
-      bias_entries_ = place_entries(spec.bias->over, spec.bias->queries_last, shape.batch,
-                                    shape.num_heads, shape.seqlen_q, shape.seqlen_k);
+      bias_entries_ =
+          place_entries(*spec.bias, shape.batch, shape.num_heads, shape.seqlen_q, shape.seqlen_k);
       std::normal_distribution<float> normal;
       for (int64_t i = 0; i < bias_entries_.count; ++i) {
         constexpr float kUnit = 1.0f / 64;  // so that every dtype has the value
@@ -220,9 +228,7 @@ class HostRules {
     const int queries = (shape.seqlen_q + block - 1) / block;
     const int keys = (shape.seqlen_k + block - 1) / block;
     Mask mask{
-        place_entries(spec.over, spec.queries_last, shape.batch, shape.num_heads, queries, keys),
-        spec.block_log2,
-        {}};
+        place_entries(spec, shape.batch, shape.num_heads, queries, keys), spec.block_log2, {}};
     mask.bytes.resize(mask.entries.count, 1);
     for (int b = 0; b < (spec.over.batch ? 1 : shape.batch); ++b) {
       for (int h = 0; h < (spec.over.head ? 1 : shape.num_heads); ++h) {
