@@ -135,13 +135,15 @@ void compare_lse(const KernelConfig& config, const Case& test, const DeviceTenso
   }
 }
 
-// One number for each head.
+// Sums of all queries of a head, in which what the rounding of out does to delta adds up.
+constexpr double kSlackOfHeads = 2;
+
 void compare_of_heads(const KernelConfig& config, const Case& test, const std::string& name,
                       const std::vector<float>& actual, const std::vector<double>& expected,
                       double bound) {
   ++g_checks;
   const Errors errors = errors_of({actual.begin(), actual.end()}, expected, 1);
-  if (!(errors.typical < bound && errors.largest < kLargest * bound)) {
+  if (!(errors.typical < kSlackOfHeads * bound && errors.largest < kLargest * bound)) {
     fail(config, test,
          concat(name, " has relative error ", errors.typical, ", at worst ", errors.largest));
   }
