@@ -27,7 +27,7 @@ class ScoreTiles {
   using Sum = typename Grid::Sum;
   using Seen = device::SeenColumns<Sum>;
 
-  static constexpr int kChunk = 64;  // columns
+  static constexpr int kChunk = 128 / sizeof(Element);  // columns: a line of shared memory
   struct Chunk {
     device::SmemTile<Element, kTileM, kChunk> a;
     device::SmemTile<Element, kTileN, kChunk> b;
