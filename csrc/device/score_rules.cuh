@@ -27,6 +27,8 @@ class HeadRules {
   FA_DEVICE HeadRules(const ScoreRules& rules, const PrefixWindow& window, int batch, int head)
       : rules_(rules), window_(window), batch_(batch), head_(head) {}
 
+  FA_DEVICE const WindowMask& window() const { return window_.window(); }
+
   // Each product of a query and a key becomes a score. visit_tanh() is told what cap_scores()
   // tells, where there is a softcap.
   template <typename Scores>

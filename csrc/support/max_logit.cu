@@ -33,18 +33,22 @@ __global__ void __launch_bounds__(ScoreTiles<Element>::kThreads, ScoreTiles<Elem
   Tiles tiles(s);
   float largest = -INFINITY;
   Tiles::each_seen(params, keys, [&](const auto& rules, int first_query, const auto& seen) {
-    typename Tiles::Sum r_scores[1];
-    tiles.multiply(
-        {{device::global_tile<Element>(params.q, params.queries.at(keys.batch, shape.seqlen_q),
-                                       keys.batch, first_query, keys.head, shape.head_dim),
-          device::global_tile<Element>(params.k, params.keys.at(keys.batch, shape.seqlen_k),
-                                       keys.batch, first_key, keys.head / shape.group_size(),
-                                       shape.head_dim)}},
-        r_scores);
-    rules.finish_scores(r_scores[0], static_cast<float>(params.softmax_scale),
+    const auto rows = [&](const TensorView& view, const Sequence& sequence, int first, int head) {
+      return device::global_tile<Element>(view, sequence, keys.batch, first, head, shape.head_dim);
+    };
+    const auto operands = [&] {
+      return typename Tiles::Operands{
+          rows(params.q, params.queries.at(keys.batch, shape.seqlen_q), first_query, keys.head),
+          rows(params.k, params.keys.at(keys.batch, shape.seqlen_k), first_key,
+               keys.head / shape.group_size())};
+    };
+    typename Tiles::Sum r_scores;
+    tiles.begin(operands());
+    tiles.multiply(r_scores, operands, [] {});
+    rules.finish_scores(r_scores, static_cast<float>(params.softmax_scale),
                         first_query + Grid::row(), first_key + Grid::col());
-    device::keep_seen(r_scores[0], seen, -INFINITY);
-    r_scores[0].for_each([&](float score, int) { largest = fmaxf(largest, score); });
+    device::keep_seen(r_scores, seen, -INFINITY);
+    r_scores.for_each([&](float score, int) { largest = fmaxf(largest, score); });
   });
   largest = tiles.reduce(largest, [](float a, float b) { return fmaxf(a, b); });
   if (threadIdx.x == 0 && largest != -INFINITY) {

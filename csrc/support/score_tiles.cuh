@@ -27,7 +27,7 @@ class ScoreTiles {
   using Sum = typename Grid::Sum;
   using Seen = device::SeenColumns<Sum>;
 
-  static constexpr int kChunk = 64;  // columns
+  static constexpr int kChunk = 128 / sizeof(Element);  // columns: a line of shared memory
   struct Chunk {
     device::SmemTile<Element, kTileM, kChunk> a;
     device::SmemTile<Element, kTileN, kChunk> b;
@@ -72,28 +72,27 @@ class ScoreTiles {
     }
   }
 
-  // A warp's share, by Grid, of one product after another.
-  template <int kProducts>
-  FA_DEVICE void multiply(const Operands (&operands)[kProducts], Sum (&r_products)[kProducts]) {
-    load(operands[0], 0);
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) {
-      r_products[i].clear();
+  // A warp's share, by Grid, of a product that begin() began; then the next one may begin.
+  // operands(): looked up for each chunk, rather than kept in registers.
+  template <typename OperandsOf, typename BeginNext>
+  FA_DEVICE void multiply(Sum& r_product, OperandsOf&& operands, BeginNext&& begin_next) {
+    r_product.clear();
+    const int cols = operands().a.cols;
 #pragma unroll 1
-      for (int col = 0; col < operands[i].a.cols; col += kChunk) {
-        const Chunk& s_chunk = s_.chunks[stage_];
-        ptx::cp_async_wait_all();
-        __syncthreads();  // the chunk has arrived, and every warp is done with the one before
-        stage_ ^= 1;
-        if (col + kChunk < operands[i].a.cols) {
-          load(operands[i], col + kChunk);
-        } else if (i + 1 < kProducts) {
-          load(operands[i + 1], 0);
-        }
-        device::accumulate_abt(r_products[i], s_chunk.a, Grid::row(), s_chunk.b, Grid::col());
+    for (int col = 0; col < cols; col += kChunk) {
+      const Chunk& s_chunk = s_.chunks[stage_];
+      ptx::cp_async_wait_all();
+      __syncthreads();  // the chunk has arrived, and every warp is done with the one before
+      stage_ ^= 1;
+      if (col + kChunk < cols) {
+        load(operands(), col + kChunk);
+      } else {
+        begin_next();
       }
+      device::accumulate_abt(r_product, s_chunk.a, Grid::row(), s_chunk.b, Grid::col());
     }
   }
+  FA_DEVICE void begin(const Operands& operands) { load(operands, 0); }
 
   // Of all threads' values, for thread 0, in an order that is always the same.
   template <typename Operation>

@@ -135,6 +135,35 @@ void compare_lse(const KernelConfig& config, const Case& test, const DeviceTenso
   }
 }
 
+// Sums of all queries of a head, in which what the rounding of out does to delta adds up.
+constexpr double kSlackOfHeads = 2;
+
+void compare_of_heads(const KernelConfig& config, const Case& test, const std::string& name,
+                      const std::vector<float>& actual, const std::vector<double>& expected,
+                      double bound) {
+  ++g_checks;
+  const Errors errors = errors_of({actual.begin(), actual.end()}, expected, 1);
+  if (!(errors.typical < kSlackOfHeads * bound && errors.largest < kLargest * bound)) {
+    fail(config, test,
+         concat(name, " has relative error ", errors.typical, ", at worst ", errors.largest));
+  }
+}
+
+// Exact but for rounding.
+void compare_max_logit(const KernelConfig& config, const Case& test,
+                       const std::vector<float>& actual, const std::vector<double>& expected) {
+  ++g_checks;
+  for (size_t head = 0; head < expected.size(); ++head) {
+    const double bound = 1e-4 + 1e-5 * std::abs(expected[head]);
+    if (!(actual[head] == expected[head] || std::abs(actual[head] - expected[head]) <= bound)) {
+      fail(config, test,
+           concat("largest score of head ", head, " is ", actual[head], " instead of ",
+                  expected[head]));
+      break;
+    }
+  }
+}
+
 constexpr double kBFloat16Bound = 1e-2;
 
 double bound_of(const KernelConfig& config) {
@@ -151,12 +180,21 @@ void run_forward(int row, const Problem<Element>& problem) {
   FwdParams params = problem.forward(out, lse, map.view());
   const DevicePairBits pair_bits(params, config);
   params.pair_bits = pair_bits.view();
+  const bool needs_max_logit = problem.test.rules.terms.max_logit;
+  DeviceArray<float> max_logit(needs_max_logit ? problem.shape.num_heads : 0);
+  if (needs_max_logit) {
+    max_logit.upload(std::vector<float>(problem.shape.num_heads, -INFINITY));
+    params.rules.terms.max_logit = {max_logit.data(), 0, 1};
+  }
   registry().kernels[row].forward(params, {});
   wait_for(config, problem.test);
   compare(config, problem.test, "out", out, problem.expected.out, problem.shape.head_dim_v,
           bound_of(config));
-  if (!map.guards_hold() || !pair_bits.guards_hold()) {
-    fail(config, problem.test, "tile map or pair bits: wrote outside");
+  if (!map.guards_hold() || !pair_bits.guards_hold() || !max_logit.guards_hold()) {
+    fail(config, problem.test, "tile map, pair bits or largest scores: wrote outside");
+  }
+  if (needs_max_logit) {
+    compare_max_logit(config, problem.test, max_logit.download(), problem.expected.max_logit);
   }
   compare_lse(config, problem.test, lse, problem.expected.lse);
 }
@@ -216,7 +254,12 @@ class BackwardTest {
         test().rules.has_dbias()
             ? DeviceRules::tensor(problem_.host_rules.bias_entries(), dbias_.data())
             : ScoreTensor{};
-    BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias);
+    const HostRules& rules = problem_.host_rules;
+    const DeviceHeadGradient dslopes(rules.slopes().size(), rules.slope_strides(), shape.num_heads,
+                                     problem_.keys.tiles(shape.seqlen_k, config().tile_n));
+    const DeviceHeadGradient dsinks(rules.sinks().size(), {nullptr, 0, 1}, shape.num_heads, tiles);
+    BwdParams params = problem_.backward(dq_, dk_, dv_, workspace, map.view(), dbias,
+                                         dslopes.view(), dsinks.view());
     const DevicePairBits pair_bits(params, config());
     params.pair_bits = pair_bits.view();
     std::vector<Element> dq;
@@ -241,6 +284,16 @@ class BackwardTest {
     compare(config(), test(), "dk" + mode, dk_, expected.dk, shape.head_dim, bound);
     compare(config(), test(), "dv" + mode, dv_, expected.dv, shape.head_dim_v, bound);
     compare_dbias(mode, bound);
+    compare_of_heads(config(), test(), "dslopes" + mode, dslopes.download(), expected.dslopes,
+                     bound);
+    compare_of_heads(config(), test(), "dsinks" + mode, dsinks.download(), expected.dsinks, bound);
+    if (!dslopes.guards_hold() || !dsinks.guards_hold()) {
+      fail(config(), test(), "dslopes or dsinks" + mode + ": wrote outside");
+    }
+    if (!same_bits(dslopes.download(), dslopes_) && deterministic) {
+      fail(config(), test(), "dslopes depend on the order of dq");
+    }
+    dslopes_ = dslopes.download();
     if (!memory.guards_hold() || !map.guards_hold() || !pair_bits.guards_hold()) {
       fail(config(), test(), "workspace" + mode + ": wrote outside");
     }
@@ -292,6 +345,7 @@ class BackwardTest {
   const Problem<Element>& problem_;
   DeviceTensor<Element> dq_, dk_, dv_;
   DeviceArray<uint8_t> dbias_;
+  std::vector<float> dslopes_;  // of the pass before
 };
 
 // Which rows are to be tested.

@@ -221,7 +221,10 @@ class DeviceRules {
       : rules_(rules),
         bias_(rules.bias_entries().count * bytes_of_bias()),
         ids_(static_cast<int64_t>(rules.ids().size())),
-        prefix_lens_(static_cast<int64_t>(rules.spec().prefix_lens.size())) {
+        prefix_lens_(static_cast<int64_t>(rules.spec().prefix_lens.size())),
+        slopes_(static_cast<int64_t>(rules.slopes().size())),
+        sinks_(static_cast<int64_t>(rules.sinks().size())),
+        rng_state_(static_cast<int64_t>(rules.rng_state().size())) {
     if (rules.spec().bias) {
       bias_.upload(bytes_of(rules.bias(), bias_seen));
     }
@@ -231,6 +234,9 @@ class DeviceRules {
     }
     ids_.upload(rules.ids());
     prefix_lens_.upload({rules.spec().prefix_lens.begin(), rules.spec().prefix_lens.end()});
+    slopes_.upload(rules.slopes());
+    sinks_.upload(rules.sinks());
+    rng_state_.upload(rules.rng_state());
   }
 
   ScoreRules view() const {
@@ -250,7 +256,23 @@ class DeviceRules {
     if (!rules_.spec().prefix_lens.empty()) {
       view.prefix_lens = prefix_lens_.data();
     }
+    const TermSpec& terms = rules_.spec().terms;
+    view.terms.softcap = terms.softcap;
+    if (!rules_.slopes().empty()) {
+      view.terms.alibi = with_data(rules_.slope_strides(), slopes_.data());
+    }
+    if (!rules_.sinks().empty()) {
+      view.terms.sinks = {sinks_.data(), 0, 1};
+    }
+    if (terms.dropout_p > 0) {
+      view.terms.dropout = Dropout::of(terms.dropout_p, rng_state_.data());
+    }
     return view;
+  }
+
+  static HeadValues with_data(HeadValues values, void* data) {
+    values.data = data;
+    return values;
   }
 
   static ScoreTensor tensor(const Entries& entries, void* data) {
@@ -298,6 +320,30 @@ class DeviceRules {
   std::vector<std::unique_ptr<DeviceArray<uint8_t>>> masks_;
   DeviceArray<int32_t> ids_;
   DeviceArray<int32_t> prefix_lens_;
+  DeviceArray<float> slopes_;
+  DeviceArray<float> sinks_;
+  DeviceArray<int64_t> rng_state_;
+};
+
+// The memory of a gradient of slopes or sinks, as the API allocates it; poison where results go.
+class DeviceHeadGradient {
+ public:
+  // count: of its sums, 0 where nobody asks for it. tiles: of a head.
+  DeviceHeadGradient(size_t count, const HeadValues& strides, int heads, int64_t tiles)
+      : sums_(static_cast<int64_t>(count)), partial_(heads * tiles), tiles_(tiles) {
+    strides_ = strides;
+    strides_.data = count > 0 ? sums_.data() : nullptr;
+  }
+
+  HeadGradient view() const { return {strides_, partial_.data(), tiles_}; }
+  std::vector<float> download() const { return sums_.download(); }
+  bool guards_hold() const { return sums_.guards_hold() && partial_.guards_hold(); }
+
+ private:
+  DeviceArray<float> sums_;
+  DeviceArray<float> partial_;
+  int64_t tiles_;
+  HeadValues strides_;
 };
 
 // The tile map of a problem for a row's tiles, as the API allocates it.
@@ -394,7 +440,8 @@ class Problem {
 
   BwdParams backward(const DeviceTensor<Element>& dq, const DeviceTensor<Element>& dk,
                      const DeviceTensor<Element>& dv, const BwdWorkspace& workspace,
-                     const TileMap& tile_map, const ScoreTensor& dbias) const {
+                     const TileMap& tile_map, const ScoreTensor& dbias, const HeadGradient& dslopes,
+                     const HeadGradient& dsinks) const {
     return {.shape = shape,
             .window = window(),
             .softmax_scale = test.softmax_scale(),
@@ -414,7 +461,9 @@ class Problem {
             .keys = keys.on_device(),
             .rules = rules.view(),
             .tile_map = tile_map,
-            .dbias = dbias};
+            .dbias = dbias,
+            .dslopes = dslopes,
+            .dsinks = dsinks};
   }
 
   const Case test;

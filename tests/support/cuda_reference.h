@@ -43,7 +43,10 @@ struct Inputs {
 };
 struct Reference {
   std::vector<double> out, lse, dq, dk, dv;
-  std::vector<double> dbias;  // where the bias has entries
+  std::vector<double> dbias;      // where the bias has entries
+  std::vector<double> dslopes;    // like the slopes
+  std::vector<double> dsinks;     // (heads)
+  std::vector<double> max_logit;  // (heads)
 };
 
 inline bool visible(const Case& test, int query, int key, int queries, int keys) {
@@ -63,13 +66,21 @@ class NaiveAttention {
     }
     p_.resize(pairs * test.shape.num_heads);
     ds_.resize(p_.size());
+    cap_.resize(test.rules.terms.softcap == 0 ? 0 : p_.size());
   }
 
   Reference run(const Inputs& x) {
     const Shape& shape = test_.shape;
-    Reference result{std::vector<double>(x.dout.size()), std::vector<double>(x.dlse.size()),
-                     std::vector<double>(x.q.size()),    std::vector<double>(x.k.size()),
-                     std::vector<double>(x.v.size()),    {}};
+    Reference result{std::vector<double>(x.dout.size()),
+                     std::vector<double>(x.dlse.size()),
+                     std::vector<double>(x.q.size()),
+                     std::vector<double>(x.k.size()),
+                     std::vector<double>(x.v.size()),
+                     {},
+                     std::vector<double>(rules_.slopes().size()),
+                     std::vector<double>(rules_.sinks().size()),
+                     std::vector<double>(shape.num_heads, -INFINITY)};
+    of_rows_.resize(x.dlse.size());
     in_parallel(queries_.count() * shape.num_heads, [&](int64_t i) {
       run_query(x, result, i / shape.num_heads, static_cast<int>(i % shape.num_heads));
     });
@@ -77,6 +88,17 @@ class NaiveAttention {
       run_key(x, result, i / shape.num_heads_kv, static_cast<int>(i % shape.num_heads_kv));
     });
     result.dbias = sum_dbias();
+    for (size_t i = 0; i < of_rows_.size(); ++i) {
+      const int b = queries_.sequence[i / shape.num_heads];
+      const int head = static_cast<int>(i % shape.num_heads);
+      result.max_logit[head] = std::max(result.max_logit[head], of_rows_[i].largest);
+      if (!result.dslopes.empty()) {
+        result.dslopes[b * rules_.slope_strides().batch_stride + head] += of_rows_[i].dslope;
+      }
+      if (!result.dsinks.empty()) {
+        result.dsinks[head] += of_rows_[i].dsink;
+      }
+    }
     return result;
   }
 
@@ -110,6 +132,13 @@ class NaiveAttention {
     }
     return rows;
   }
+
+  // What a query of a head adds to results of its head.
+  struct OfRow {
+    double dslope = 0;
+    double dsink = 0;
+    double largest = -INFINITY;  // score
+  };
 
   // Where p and ds of a query and all its keys lie.
   size_t pairs_of(int64_t row, int head) const {
@@ -176,37 +205,57 @@ class NaiveAttention {
     };
     double* p = p_.data() + pairs_of(row, head);
     double* ds = ds_.data() + pairs_of(row, head);
-    double largest = -INFINITY;
+    double* cap = cap_.empty() ? nullptr : cap_.data() + pairs_of(row, head);
+    const auto distance = [&](int key) {
+      return std::abs(query + keys - queries_.length(b) - key);
+    };
+    OfRow& of_row = of_rows_[statistic];
     for (int key = 0; key < keys; ++key) {
-      p[key] = sees(b, head, query, key)
-                   ? scale * dot(q_row, row_of(x.k, key, shape.head_dim), shape.head_dim) +
-                         rules_.bias_of(b, head, query, key)
-                   : -INFINITY;
-      largest = std::max(largest, p[key]);
+      double score = scale * dot(q_row, row_of(x.k, key, shape.head_dim), shape.head_dim);
+      if (cap != nullptr) {
+        const double softcap = test_.rules.terms.softcap;
+        const double tanh = std::tanh(score / softcap);
+        score = softcap * tanh;
+        cap[key] = 1 - tanh * tanh;
+      }
+      score += rules_.bias_of(b, head, query, key) - rules_.slope(b, head) * distance(key);
+      p[key] = sees(b, head, query, key) ? score : -INFINITY;
+      of_row.largest = std::max(of_row.largest, p[key]);
     }
-    double sum = 0;
+    const double sink = rules_.sink(head);
+    const double largest = std::max(of_row.largest, sink);
+    double sum = sink == -INFINITY ? 0 : std::exp(sink - largest);
     for (int key = 0; key < keys; ++key) {
       p[key] = p[key] == -INFINITY ? 0 : std::exp(p[key] - largest);
       sum += p[key];
     }
-    result.lse[statistic] = largest + std::log(sum);  // -inf where no key is seen
+    const double lse = largest + std::log(sum);  // -inf where no key is seen
+    result.lse[statistic] = lse;
     double delta = -x.dlse[statistic];
     for (int key = 0; key < keys; ++key) {
       if (p[key] != 0) {
         p[key] /= sum;
+        const double kept = rules_.kept(b, head, query, key);
         const double* v_row = row_of(x.v, key, shape.head_dim_v);
-        ds[key] = dot(dout_row, v_row, shape.head_dim_v);
+        ds[key] = kept * dot(dout_row, v_row, shape.head_dim_v);
         delta += p[key] * ds[key];
-        add(&result.out[statistic * shape.head_dim_v], p[key], v_row, shape.head_dim_v);
+        add(&result.out[statistic * shape.head_dim_v], kept * p[key], v_row, shape.head_dim_v);
       }
     }
     for (int key = 0; key < keys; ++key) {
       if (p[key] != 0) {
         ds[key] = p[key] * (ds[key] - delta);
-        add(&result.dq[statistic * shape.head_dim], scale * ds[key],
+        of_row.dslope -= ds[key] * distance(key);
+        add(&result.dq[statistic * shape.head_dim], of_product(&ds[key]),
             row_of(x.k, key, shape.head_dim), shape.head_dim);
       }
     }
+    of_row.dsink = sink == -INFINITY ? 0 : -std::exp(sink - lse) * delta;
+  }
+
+  // The gradient of a product of a query and a key, of an element of ds_.
+  double of_product(const double* ds) const {
+    return test_.softmax_scale() * *ds * (cap_.empty() ? 1 : cap_[ds - ds_.data()]);
   }
 
   void run_key(const Inputs& x, Reference& result, int64_t row, int head) const {
@@ -219,9 +268,11 @@ class NaiveAttention {
         const size_t pair = pairs_of(query, head_q) + row - keys_.first[b];
         if (p_[pair] != 0) {
           const size_t q_row = query * shape.num_heads + head_q;
-          add(&result.dv[k_row * shape.head_dim_v], p_[pair], &x.dout[q_row * shape.head_dim_v],
-              shape.head_dim_v);
-          add(&result.dk[k_row * shape.head_dim], test_.softmax_scale() * ds_[pair],
+          const double kept = rules_.kept(b, head_q, static_cast<int>(query - queries_.first[b]),
+                                          static_cast<int>(row - keys_.first[b]));
+          add(&result.dv[k_row * shape.head_dim_v], kept * p_[pair],
+              &x.dout[q_row * shape.head_dim_v], shape.head_dim_v);
+          add(&result.dk[k_row * shape.head_dim], of_product(&ds_[pair]),
               &x.q[q_row * shape.head_dim], shape.head_dim);
         }
       }
@@ -235,6 +286,8 @@ class NaiveAttention {
   std::vector<int64_t> first_pair_;  // of each sequence, for one head
   std::vector<double> p_;            // (sequence, head, query, key)
   std::vector<double> ds_;
+  std::vector<double> cap_;     // the slope of a softcap at its product; empty without one
+  std::vector<OfRow> of_rows_;  // (row, head)
 };
 
 }  // namespace fa::test

@@ -39,16 +39,32 @@ struct MaskSpec {
   int step = 0;       // from row to row, which then overlap
 };
 
+// Terms of common/score_terms.h.
+enum class Slopes { kNone, kOfHeads, kOfAll };  // of all: of each head of each batch entry
+struct TermSpec {
+  double softcap = 0;
+  Slopes alibi = Slopes::kNone;
+  bool sinks = false;
+  double dropout_p = 0;
+  bool max_logit = false;
+
+  bool any() const {
+    return softcap != 0 || alibi != Slopes::kNone || sinks || dropout_p > 0 || max_logit;
+  }
+};
+
 struct RuleSpec {
   std::optional<BiasSpec> bias;
   std::vector<MaskSpec> masks;
   int documents = 0;  // of about the same length
   std::vector<int> prefix_lens;
+  TermSpec terms;
 
   // An entry of the gradient has a place of its own.
   bool has_dbias() const { return bias.has_value() && bias->step == 0; }
   bool any() const {
-    return bias.has_value() || !masks.empty() || documents > 0 || !prefix_lens.empty();
+    return bias.has_value() || !masks.empty() || documents > 0 || !prefix_lens.empty() ||
+           terms.any();
   }
 };
 
@@ -116,6 +132,7 @@ class HostRules {
         ids_.push_back((i % seqlen_ + i / seqlen_ * 5) / length - 1);
       }
     }
+    draw_terms(shape, generator);
   }
 
   const RuleSpec& spec() const { return spec_; }
@@ -136,6 +153,30 @@ class HostRules {
       return mask.bytes[mask.entries.at(batch, head, query >> mask.block_log2,
                                         key >> mask.block_log2)] != 0;
     });
+  }
+
+  const std::vector<float>& slopes() const { return slopes_; }  // (batch, heads) or (heads)
+  const std::vector<float>& sinks() const { return sinks_; }    // (heads)
+  const std::vector<int64_t>& rng_state() const { return rng_state_; }
+  // Strides of slopes and of their gradient, without data.
+  HeadValues slope_strides() const {
+    return {nullptr, spec_.terms.alibi == Slopes::kOfAll ? num_heads_ : 0, 1};
+  }
+  double slope(int batch, int head) const {
+    return slopes_.empty() ? 0 : slopes_[batch * slope_strides().batch_stride + head];
+  }
+  double sink(int head) const {
+    return spec_.terms.sinks ? sinks_[head] : -std::numeric_limits<double>::infinity();
+  }
+  // By what dropout multiplies a probability.
+  double kept(int batch, int head, int query, int key) const {
+    if (spec_.terms.dropout_p == 0) {
+      return 1;
+    }
+    const Dropout dropout = Dropout::of(spec_.terms.dropout_p, rng_state_.data());
+    return DropoutOfHead(dropout, batch, head, num_heads_).keeps(query, key)
+               ? static_cast<double>(dropout.scale)
+               : 0;
   }
 
   // Of the elements of the bias's memory.
@@ -161,6 +202,26 @@ class HostRules {
   }
 
  private:
+  void draw_terms(const Shape& shape, std::mt19937& generator) {
+    num_heads_ = shape.num_heads;
+    std::uniform_real_distribution<float> uniform;
+    const TermSpec& terms = spec_.terms;
+    if (terms.alibi != Slopes::kNone) {
+      slopes_.resize((terms.alibi == Slopes::kOfAll ? shape.batch : 1) * num_heads_);
+      std::generate(slopes_.begin(), slopes_.end(), [&] { return 0.1f * uniform(generator); });
+    }
+    if (terms.sinks) {
+      sinks_.resize(num_heads_);
+      std::generate(sinks_.begin(), sinks_.end(), [&] { return 8 * uniform(generator) - 2; });
+      if (num_heads_ > 1) {
+        sinks_[1] = -std::numeric_limits<float>::infinity();  // none
+      }
+    }
+    if (terms.dropout_p > 0) {
+      rng_state_ = {static_cast<int64_t>(0x8765432187654321), 0x123456789ab};
+    }
+  }
+
   static Mask random_mask(const MaskSpec& spec, const Shape& shape, std::mt19937& generator) {
     std::uniform_real_distribution<double> uniform;
     const int block = 1 << spec.block_log2;
@@ -192,6 +253,10 @@ class HostRules {
   std::vector<double> bias_;
   std::vector<Mask> masks_;
   std::vector<int32_t> ids_;
+  int num_heads_ = 0;
+  std::vector<float> slopes_;
+  std::vector<float> sinks_;
+  std::vector<int64_t> rng_state_;
 };
 
 }  // namespace fa::test
