@@ -52,6 +52,8 @@ def terms_of(
 ) -> _ops.Terms:
     """What the operators take of these arguments, with a new state where there is dropout and
     none is given."""
+    if alibi_slopes is sinks is None and dropout_p == softcap == 0.0:
+        return _ops.NO_TERMS
     for name, number in (("dropout_p", dropout_p), ("softcap", softcap)):
         if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{name}: expected a number, got {type(number).__name__}")

@@ -194,7 +194,7 @@ def test_values_of_a_case_are_those_of_the_reference(
     fields: dict[str, Any], max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = {"seqlen_q": 131, "seqlen_k": 140, "heads": 4, "dtype": "float64", "head_dim": 8}
-    case = Case(**{**plain, **fields}, dlse=True)
+    case = Case(**{**plain, **fields}, dlse=True, max_logit=True)
     inputs = make_inputs(case)
     defaults = {**expected_with_bounds.__kwdefaults__, "max_scores": max_scores}
     monkeypatch.setattr(expected_with_bounds, "__kwdefaults__", defaults)

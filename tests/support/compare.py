@@ -172,12 +172,13 @@ def expected_with_bounds(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     kept: Tensor | None = None,
+    max_logit: bool = False,
     constants: Constants = CONSTANTS,
     max_scores: int = MAX_SCORES,
     **visibility: Any,
 ) -> Expected:
-    """out, lse and max_logit, and with dout dq, dk, dv and, where there is something that they are
-    the gradients of, dbias, dslopes and dsinks, each with its bound.
+    """out, lse and, if asked for, max_logit, and with dout dq, dk, dv and, where there is something
+    that they are the gradients of, dbias, dslopes and dsinks, each with its bound.
 
     q: (batch, seqlen_q, heads, head_dim); k: (batch, seqlen_k, heads_kv, head_dim); v: the same
     with head_dim_v; dout: (batch, seqlen_q, heads, head_dim_v); dlse: (batch, heads, seqlen_q);
@@ -250,8 +251,8 @@ def expected_with_bounds(
             err_S += eps * constants.bias * bias[:, :, rows].abs()
         S = S.masked_fill_(~mask[:, :, rows], -math.inf)
         values, bounds = {}, {}
-        largest = torch.stack([S, S + err_S, S - err_S]).amax(dim=(1, 3, 4)) if S.numel() else None
-        if largest is not None:
+        if max_logit and S.numel() > 0:
+            largest = torch.stack([S, S + err_S, S - err_S]).amax(dim=(1, 3, 4))
             values["max_logit"], bounds["upper"], bounds["lower"] = largest
         lse = torch.logsumexp(S, dim=-1)
         sees_nothing = (lse == -math.inf)[..., None]
@@ -351,7 +352,7 @@ def expected_with_bounds(
         exact = values["max_logit"]
         bound = torch.maximum(bounds.pop("upper") - exact, exact - bounds.pop("lower"))
         bounds["max_logit"] = bound.nan_to_num(nan=0.0) + arithmetic.flush
-    else:
+    elif max_logit:
         values["max_logit"] = torch.full((heads,), -math.inf, dtype=torch.float64, device=q.device)
         bounds["max_logit"] = torch.zeros_like(values["max_logit"])
     pairs = mask.expand(batch, heads, seqlen_q, seqlen_k).sum(dim=(2, 3)).double()
@@ -405,6 +406,7 @@ def expected_of(
         **inputs.terms,
         dropout_p=case.dropout,
         kept=kept_of(case),
+        max_logit=case.max_logit,
         constants=constants,
         **case.mask_arguments,
         **inputs.visibility,
@@ -535,7 +537,7 @@ def check(case: Case, *, backward: bool) -> Results:
     expected = expected_of(case, inputs, backward=backward)
     for name, value in expected.values.items():
         actual = getattr(results, name)
-        if actual is None:  # of a bias that needs no gradient; the largest score that none needs
+        if actual is None:  # of a bias that needs no gradient
             continue
         _assert_dtype(name, actual, case, repeat)
         assert_within_bound(name, actual, value, expected.bounds[name], repeat)
