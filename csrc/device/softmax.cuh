@@ -102,7 +102,7 @@ class OnlineSoftmax {
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
       const bool sees_a_key = !(sums[row] == 0.0f);  // a NaN is seen, and stays NaN
-      if (sink != nullptr) {
+      if (sink != nullptr && *sink != -INFINITY) {
         const float max = sees_a_key ? base_of(max_[row]) * kLn2 : -INFINITY;
         finalize_with_sink(sums[row], max, *sink, lse[row], normalizer[row]);
         continue;

@@ -83,7 +83,7 @@ class SpeculativeSoftmax {
       const float sum = row_sum(sum_[row]);
       // A NaN is seen, and stays NaN; so does a row whose base is too large for a float.
       const bool sees_a_key = limit_[row] != kNoBase || !(sum == 0.0f);
-      if (sink != nullptr) {
+      if (sink != nullptr && *sink != -INFINITY) {
         const float max = sees_a_key ? base_[row] * kLn2 : -INFINITY;
         finalize_with_sink(sum, max, *sink, lse[row], normalizer[row]);
         continue;

@@ -188,7 +188,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
         delta.load(s_statistics.delta);
         r_ds.transform([&](float dp, int, int block, int i) { return dp - delta.of(block, i); });
         if (caps) {
-          cap_scores(r_p, r_ds, {static_cast<float>(terms.softcap), softmax_scale});
+          cap_scores(r_p, r_ds, softmax_scale, static_cast<float>(terms.softcap));
           scale = 1.0f;
         }
       } else {

@@ -166,7 +166,8 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       ptx::wgmma_pin(r_p.r[0]);
       float scale = softmax_scale;
       if (caps) {
-        cap_scores(r_p, {static_cast<float>(terms.softcap), softmax_scale});
+        device::cap_scores(r_p, softmax_scale, static_cast<float>(terms.softcap),
+                           [](float, int, int, int) {});
         scale = 1.0f;
       }
       if (has_alibi) {

@@ -120,7 +120,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                                  typename Seen::OfThread& r_seen) {
       float scale = softmax_scale;  // what is left to do
       if (caps) {
-        cap_scores(r_scores, {static_cast<float>(terms.softcap), softmax_scale});
+        device::cap_scores(r_scores, softmax_scale, static_cast<float>(terms.softcap),
+                           [](float, int, int, int) {});
         scale = 1.0f;
       }
       if (has_alibi) {

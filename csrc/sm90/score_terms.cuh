@@ -1,54 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Softcap and ALiBi of common/score_terms.h, for a warp's scores: 16 queries or, transposed, 16
-// keys.
+// keys. As device/score_terms.cuh, but that a product is scaled as it gets its ALiBi.
 #pragma once
 
-#include <cfloat>
-
-#include "common/math.h"
-#include "common/params.h"
-#include "device/fragment.cuh"
+#include "device/score_terms.cuh"
 
 namespace fa::sm90 {
 
-// tanh(x) = 1 - 2 r and its slope 4 r (1 - r), where r = 1 / (1 + e^(2 x)): exact to some 1e-7 and
-// right where e^(2 x) is infinite, unlike tanh.approx, whose error of 5e-4 a cap of 50 would make
-// 0.025 of a score.
-class Softcap {
- public:
-  FA_DEVICE Softcap(float softcap, float softmax_scale)
-      : exponent_of_product_(  // finite, for 0 * inf is NaN
-            fminf(fmaxf(2.0f * kLog2E * softmax_scale / softcap, -FLT_MAX), FLT_MAX)),
-        softcap_(softcap) {}
-
-  // r of a product of q and k.
-  FA_DEVICE float complement(float product) const {
-    return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(product * exponent_of_product_));
-  }
-  FA_DEVICE float score(float complement) const {
-    return fmaf(-2.0f * softcap_, complement, softcap_);
-  }
-
- private:
-  float exponent_of_product_;
-  float softcap_;
-};
-
-// Products become scores.
+// Products become scores, and gradients of scores those of products, but for softmax_scale.
 template <typename Scores>
-FA_DEVICE void cap_scores(Scores& r_scores, const Softcap& softcap) {
-  r_scores.transform(
-      [&](float product, int, int, int) { return softcap.score(softcap.complement(product)); });
-}
-
-// The same, and gradients of scores become those of products: but for softmax_scale.
-template <typename Scores>
-FA_DEVICE void cap_scores(Scores& r_scores, Scores& r_gradients, const Softcap& softcap) {
-  r_scores.transform([&](float product, int row, int block, int i) {
-    const float complement = softcap.complement(product);
-    float& gradient = r_gradients.r[row / 2][block][i];
-    gradient *= 4.0f * complement * (1.0f - complement);
-    return softcap.score(complement);
+FA_DEVICE void cap_scores(Scores& r_scores, Scores& r_gradients, float softmax_scale,
+                          float softcap) {
+  device::cap_scores(r_scores, softmax_scale, softcap, [&](float tanh, int row, int block, int i) {
+    r_gradients.r[row / 2][block][i] *= fmaf(-tanh, tanh, 1.0f);
   });
 }
 
