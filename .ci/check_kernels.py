@@ -43,7 +43,8 @@ PRINT_ROWS = r"""
 #include "dispatch/kernel_table.h"
 int main(int count, char** limits) {
   for (const fa::KernelConfig& row : fa::table::kRows) {
-    std::printf("%s d%d %dx%d", name_of(row.dtype), row.head_dim, row.tile_m, row.tile_n);
+    std::printf("%s d%d %dx%d %s", name_of(row.dtype), row.head_dim, row.tile_m, row.tile_n,
+                name_of(row.score));
     for (int i = 1; i < count; ++i) {
       if (row.fits(1024 * std::atoll(limits[i]))) std::printf(" %s", limits[i]);
     }
@@ -92,7 +93,7 @@ def read_rows(compiler: str, folder: Path) -> list[Row]:
     command = [str(program), *map(str, limits)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [line.split() for line in printed.splitlines()]
-    return [Row(line[0], " ".join(line[1:3]), {int(limit) for limit in line[3:]}) for line in lines]
+    return [Row(line[0], " ".join(line[1:4]), {int(limit) for limit in line[4:]}) for line in lines]
 
 
 def row_of(mangled: str, rows: list[Row]) -> Row:

@@ -399,6 +399,10 @@ bool runs(const KernelConfig& config, const Case& test) {
   if (config.score == ScoreMode::kPlain && test.rules.any()) {
     return false;
   }
+  const TermSpec& terms = test.rules.terms;
+  if ((terms.softcap != 0 || terms.dropout_p > 0) && !config.has_score_terms()) {
+    return false;
+  }
   return nearest != all.end() && (config.mask == MaskMode::kWindow || full) &&
          (test.every_row ? config.head_dim >= *nearest : config.head_dim == *nearest);
 }
