@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flash_attn_cuda.introspect import RULES, TERMS
+from flash_attn_cuda.introspect import RULES
 from tests.support.cases import Case
 
 
@@ -24,9 +24,9 @@ class Feature:
         arguments = set(re.findall(r"`(\w+)`", self.asked_for_by))
         if "window_size" in arguments and row["mask"] != "window":
             return False
-        if arguments & set(TERMS) and not row["score_terms"]:
+        if arguments & {"dropout_p", "softcap"} and not row["score_terms"]:
             return False
-        return row["score"] == "general" or not arguments & set(RULES)
+        return row["score"] != "plain" or not arguments & set(RULES)
 
 
 FEATURES = (
