@@ -143,8 +143,8 @@ FA_DEVICE void store_sums_of_warps(const ScoreTensor& dbias, Dtype dtype, const 
   ptx::barrier_sync<kThreads>(barrier);  // before anyone writes there again
 }
 
-// All of it, for the warp whose keys begin at warp_key of the tile. s_floats: as above, a
-// part of them for each warp, all its own where the bias is broadcast along the keys.
+// All of it, for the warp whose keys begin at warp_key of the tile. s_floats: as above, a part of
+// them for each warp, all its own where the bias is broadcast along the keys.
 template <typename Traits, typename Sums>
 FA_DEVICE void store_dbias(const BwdParams& params, const Sums& r_sums, DbiasPlace at, int warp_key,
                            float* s_floats, int barrier) {
