@@ -36,7 +36,8 @@ void launch_backward(const BwdParams& given, const LaunchContext& context) {
     params.workspace.turns = nullptr;  // nothing to add, and no block to begin the count
   }
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
-  support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  support::launch_bwd_preprocess<typename ElementOf<tensor_dtype(Traits::kConfig.dtype)>::type>(
+      params, context.stream);
   if constexpr (Traits::kGeneral) {
     if (params.dbias.data != nullptr) {
       support::launch<flash_dbias_sm80<Traits>>(
