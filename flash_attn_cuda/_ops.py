@@ -57,6 +57,21 @@ def _raise_named(error: RuntimeError) -> NoReturn:
     raise error
 
 
+def _cuda_allows_tf32() -> bool:
+    # The one question that knows all ways to set it, and warns of none.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result sets, which imports torch._dynamo: torch cannot trace
+# the question, but traces again where the answer changes.
+_cuda_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def allows_tf32(q: Tensor) -> bool:
+    """Whether products of such tensors may round their factors to TF32, as torch's own may."""
+    return q.dtype is torch.float32 and q.is_cuda and _cuda_allows_tf32()
+
+
 def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -85,6 +100,7 @@ def _fwd_fake(
     window_left: int,
     window_right: int,
     deterministic: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     return _fake_results(q, k, v)
 
@@ -116,6 +132,7 @@ def _bwd_fake(
     window_left: int,
     window_right: int,
     deterministic: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -144,14 +161,15 @@ def _gradients(
     dlse: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return None, None, None, None, None, None, None
+        return (None,) * 8
     q, k, v, out, softmax_lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    scale, left, right, deterministic = ctx.options
+    *options, deterministic, allow_tf32 = ctx.options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, scale, left, right, deterministic)
-    return dq, dk, dv, None, None, None, None
+    inputs = (q, k, v, out, softmax_lse, *options, deterministic, allow_tf32)
+    dq, dk, dv = run_bwd(dout, dlse, *inputs)
+    return dq, dk, dv, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -183,11 +201,11 @@ def _general_gradients(
     q, k, v, out, softmax_lse, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    *options, deterministic = ctx.options
+    *options, deterministic, allow_tf32 = ctx.options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs_dbias = ctx.needs_input_grad[3 + _BIAS]
-    inputs = (q, k, v, out, softmax_lse, *tensors, *options, deterministic, needs_dbias)
-    *gradients[:3], dbias = run_bwd(dout, dlse, *inputs)
+    inputs = (q, k, v, out, softmax_lse, *tensors, *options, deterministic, allow_tf32)
+    *gradients[:3], dbias = run_bwd(dout, dlse, *inputs, needs_dbias)
     if needs_dbias:
         gradients[3 + _BIAS] = dbias
     return tuple(gradients)
@@ -321,7 +339,7 @@ def attention(
         out, like q; with return_lse (out, softmax_lse), where softmax_lse is (batch, heads,
         seqlen_q), float32 (float64 for float64 inputs), natural log.
     """
-    inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic)
+    inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic, allows_tf32(q))
     if torch.compiler.is_compiling():
         output = _fwd(*inputs)
         return output if return_lse else output[0]
@@ -360,7 +378,8 @@ def general_attention(
     Returns:
         (out, softmax_lse) as of :func:`attention`, differentiable in q, k, v and attn_bias.
     """
-    inputs = (q, k, v, *tensors, softmax_scale, window_left, window_right, deterministic)
+    options = (softmax_scale, window_left, window_right, deterministic, allows_tf32(q))
+    inputs = (q, k, v, *tensors, *options)
     if torch.compiler.is_compiling():
         return _fwd_general(*inputs)  # type: ignore[no-any-return]
     try:
@@ -376,7 +395,7 @@ def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Args:
         inputs: dout, dlse, q, k, v, out, softmax_lse; the tensors and what follows them as of
-            :func:`general_attention`; whether dbias is wanted, which is empty else.
+            :func:`general_attention`; allows_tf32(q); whether dbias is wanted, which is empty else.
     """
     try:
         return _bwd_general_eager(*inputs)  # type: ignore[no-any-return]

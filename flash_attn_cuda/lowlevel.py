@@ -114,7 +114,7 @@ def backward(
         None if dlse is None else statistics[1],
         *(q, k, v, out, statistics[0]),
         *tensors,
-        *(softmax_scale, left, right, deterministic, needs_dbias),
+        *(softmax_scale, left, right, deterministic, _ops.allows_tf32(q), needs_dbias),
     )
     if packed:
         dq, dk, dv = dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)

@@ -26,6 +26,7 @@ struct Call {
   Shape shape;
   WindowMask window;
   double softmax_scale;
+  bool allow_tf32;
   CleanSequences sequences = {};
   Rules rules = {};
 
@@ -47,16 +48,18 @@ struct Call {
 
 // The default of all that the plain operators do not take.
 Call plain_call(const Argument& q, const Argument& k, const Argument& v,
-                std::optional<double> softmax_scale, int64_t window_left, int64_t window_right) {
+                std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                bool allow_tf32) {
   const Shape shape = check_qkv(q, k, v);
   return {shape, check_window(shape, window_left, window_right),
-          resolve_scale(softmax_scale, shape)};
+          resolve_scale(softmax_scale, shape), allow_tf32};
 }
 
 Call general_call(const Argument& q, const Argument& k, const Argument& v,
                   const SequenceArguments& sequences, const RuleArguments& rules,
-                  std::optional<double> softmax_scale, int64_t window_left, int64_t window_right) {
-  Call call = plain_call(q, k, v, softmax_scale, window_left, window_right);
+                  std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                  bool allow_tf32) {
+  Call call = plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32);
   call.shape.batch = check_sequences(sequences, q, k);
   call.rules = check_rules(rules, q, call.shape, sequences.packed());
   call.sequences = clean_sequences(sequences, q, k, call.shape);
@@ -133,12 +136,12 @@ Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& c
 
 // A (batch, rows, heads, head_dim) result on CUDA, for fill_on_cuda().
 LeftRows left_rows(const Tensor& result, const Sequences& sequences, const Call& call) {
-  constexpr int64_t kElementsOfWord = 2;
+  const int64_t row_bytes = result.size(2) * result.size(3) * bytes_of(dtype_of({"", result}));
   return {.sequences = sequences,
           .batch = call.shape.batch,
           .rows = static_cast<int>(result.size(1)),
           .planes = 1,
-          .words_of_row = result.size(2) * result.size(3) / kElementsOfWord,
+          .words_of_row = row_bytes / static_cast<int64_t>(sizeof(uint32_t)),
           .words = static_cast<uint32_t*>(result.mutable_data_ptr()),
           .value = 0};
 }
@@ -185,7 +188,8 @@ void fill_left_rows(Tensor& dq, Tensor& dk, Tensor& dv, const Argument& q, const
 
 std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, const Argument& v,
                                        Call call) {
-  const int row = select_row(problem_for(Pass::kForward, q, call.shape, call.window, call.rules));
+  const int row = select_row(
+      problem_for(Pass::kForward, q, call.shape, call.window, call.rules, call.allow_tf32));
   const int head_dim_v = call.shape.head_dim_v;
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
@@ -228,7 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
   check_like_out(out, q, v);
   check_row_statistics(softmax_lse, q);
   check_row_statistics(dlse, q);
-  const int row = select_row(problem_for(Pass::kBackward, q, call.shape, call.window, call.rules));
+  const int row = select_row(
+      problem_for(Pass::kBackward, q, call.shape, call.window, call.rules, call.allow_tf32));
   const auto [head_dim, head_dim_v] = std::pair(call.shape.head_dim, call.shape.head_dim_v);
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
@@ -281,11 +286,12 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
 std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tensor,
                                    const Tensor& v_tensor, std::optional<double> softmax_scale,
                                    int64_t window_left, int64_t window_right,
-                                   bool /*deterministic*/) {
+                                   bool /*deterministic*/, bool allow_tf32) {
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
-  return run_forward(q, k, v, plain_call(q, k, v, softmax_scale, window_left, window_right));
+  return run_forward(q, k, v,
+                     plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32));
 }
 
 // dout and out like the result, dlse (gradient of softmax_lse) and softmax_lse (batch, heads,
@@ -294,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
     const Tensor& lse_tensor, std::optional<double> softmax_scale, int64_t window_left,
-    int64_t window_right, bool deterministic) {
+    int64_t window_right, bool deterministic, bool allow_tf32) {
   const Argument dout{"dout", dout_tensor};
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
@@ -302,8 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Argument out{"out", out_tensor};
   const Argument softmax_lse{"softmax_lse", lse_tensor};
   return run_backward(dout, dlse_tensor, q, k, v, out, softmax_lse,
-                      plain_call(q, k, v, softmax_scale, window_left, window_right), deterministic,
-                      {});
+                      plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32),
+                      deterministic, {});
 }
 
 // The same with sequences and rules. Packed, q is (1, total_q, heads, head_dim) and so on.
@@ -315,7 +321,7 @@ std::tuple<Tensor, Tensor> forward_general(
     const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& block_mask,
     const std::optional<Tensor>& document_ids, const std::optional<Tensor>& prefix_lens,
     std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    bool /*deterministic*/) {
+    bool /*deterministic*/, bool allow_tf32) {
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
@@ -323,7 +329,7 @@ std::tuple<Tensor, Tensor> forward_general(
       q, k, v,
       general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
                    {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
-                   softmax_scale, window_left, window_right));
+                   softmax_scale, window_left, window_right, allow_tf32));
 }
 
 // -> dq, dk, dv, and dbias like attn_bias, contiguous; without elements where nobody wants it.
@@ -336,7 +342,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
     const std::optional<Tensor>& block_mask, const std::optional<Tensor>& document_ids,
     const std::optional<Tensor>& prefix_lens, std::optional<double> softmax_scale,
-    int64_t window_left, int64_t window_right, bool deterministic, bool needs_dbias) {
+    int64_t window_left, int64_t window_right, bool deterministic, bool allow_tf32,
+    bool needs_dbias) {
   const Argument dout{"dout", dout_tensor};
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
@@ -346,7 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
   const Call call =
       general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
                    {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
-                   softmax_scale, window_left, window_right);
+                   softmax_scale, window_left, window_right, allow_tf32);
   Tensor dbias = empty({0}, q, dtype_of(q));
   ScoreTensor dbias_view;
   if (needs_dbias && attn_bias.has_value()) {
@@ -369,7 +376,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
   "Tensor? document_ids, Tensor? prefix_lens, "
 
 #define FA_SCALE_SCHEMA \
-  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic"
+  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic, " \
+  "bool allow_tf32"
 
 #define FA_FWD_SCHEMA(more) \
   "(Tensor q, Tensor k, Tensor v, " more FA_SCALE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)"

@@ -12,7 +12,7 @@ namespace fa {
 
 // kTf32: of kernels alone, for float32 tensors: they round factors of products to 11 significant
 // bits, as tensor cores take them, where those of kFloat32 keep all.
-enum class Dtype { kFloat64, kFloat32, kTf32, kFloat16, kBFloat16 };
+enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16, kTf32 };
 enum class Pass { kForward, kBackward };
 
 // kFull: every query sees every key. kWindow: a bottom-right aligned band; causal is one such band.

@@ -58,8 +58,8 @@ FA_DEVICE void multiply(float (&r_sum)[4], const Factors<Element>& a, const Fact
   ptx::mma_m16n8k16<Element>(r_sum, a.r, b.r[2 * half], b.r[2 * half + 1]);
 }
 
-FA_DEVICE void multiply(float (&r_sum)[4], const Factors<ptx::Tf32>& a,
-                        const Factors<ptx::Tf32>& b, int half) {
+FA_DEVICE void multiply(float (&r_sum)[4], const Factors<ptx::Tf32>& a, const Factors<ptx::Tf32>& b,
+                        int half) {
   ptx::mma_m16n8k8_tf32(r_sum, a.r, b.r[2 * half], b.r[2 * half + 1]);
 }
 

@@ -24,8 +24,8 @@ class LanePointer {
   // or first right, then down.
   static FA_DEVICE LanePointer right_first(const Tile& s_tile, int row, int col) {
     const int lane = ptx::lane_index();
-    return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * Tile::kUnitElements),
-            row, col};
+    return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * Tile::kUnitElements), row,
+            col};
   }
 
   FA_DEVICE void load(uint32_t (&r_blocks)[4], int rows, int cols) const {

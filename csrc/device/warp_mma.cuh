@@ -8,12 +8,17 @@
 
 namespace fa::device {
 
+// Of operands in shared memory: all steps, but for floats, of which the factors are registers more.
+template <typename Element, int kSteps>
+inline constexpr int kStepsAtOnce = sizeof(Element) == sizeof(float) ? 2 : kSteps;
+
 // sum += a b over kSteps depth steps. load_a(r_a, step, row_block) and load_b(r_b, step, col) fill
-// the registers of an operand, for the 16 columns of b from `col` on.
-template <typename Element, int kSteps, typename Sum, typename LoadA, typename LoadB>
+// the registers of an operand, for the 16 columns of b from `col` on. kUnrolled: how many steps
+// the compiler may interleave.
+template <typename Element, int kSteps, int kUnrolled, typename Sum, typename LoadA, typename LoadB>
 FA_DEVICE void accumulate(Sum& r_sum, LoadA&& load_a, LoadB&& load_b) {
   constexpr int kSlices = Sum::kColBlocks / 2;
-#pragma unroll
+#pragma unroll kUnrolled
   for (int step = 0; step < kSteps; ++step) {
     Factors<Element> r_a[Sum::kRowBlocks];
 #pragma unroll
@@ -41,7 +46,8 @@ FA_DEVICE void accumulate_abt(Sum& r_sum, const SmemTile<Element, kRowsA, kDepth
                               const SmemTile<Element, kRowsB, kDepth>& s_b, int b_row) {
   const auto a = LanePointer<SmemTile<Element, kRowsA, kDepth>>::down_first(s_a, a_row, 0);
   const auto b = LanePointer<SmemTile<Element, kRowsB, kDepth>>::right_first(s_b, b_row, 0);
-  accumulate<Element, kDepth / kStepDepth<Element>>(
+  constexpr int kSteps = kDepth / kStepDepth<Element>;
+  accumulate<Element, kSteps, kStepsAtOnce<Element, kSteps>>(
       r_sum,
       [&](uint32_t (&r_a)[4], int step, int block) {
         a.load(r_a, block * Sum::kRowStride, step * kStepDepth<Element>);
@@ -54,7 +60,8 @@ template <typename Element, int kRows, int kCols, int kDepth, typename Sum>
 FA_DEVICE void accumulate_ab(Sum& r_sum, const OperandA<Element, kRows, kDepth>& r_rows,
                              const SmemTile<Element, kDepth, kCols>& s_b, int b_col) {
   const auto b = OperandOrderPointer<SmemTile<Element, kDepth, kCols>>::down_first(s_b, 0, b_col);
-  accumulate<Element, kDepth / kStepDepth<Element>>(
+  constexpr int kSteps = kDepth / kStepDepth<Element>;
+  accumulate<Element, kSteps, kSteps>(
       r_sum,
       [&](uint32_t (&r_a)[4], int step, int block) {
 #pragma unroll
@@ -73,7 +80,8 @@ FA_DEVICE void accumulate_ab(Sum& r_sum, const SmemTile<Element, kRowsA, kDepth>
                              const SmemTile<Element, kDepth, kCols>& s_b, int b_col) {
   const auto a = LanePointer<SmemTile<Element, kRowsA, kDepth>>::down_first(s_a, a_row, 0);
   const auto b = TransposingPointer<SmemTile<Element, kDepth, kCols>>::down_first(s_b, 0, b_col);
-  accumulate<Element, kDepth / kStepDepth<Element>>(
+  constexpr int kSteps = kDepth / kStepDepth<Element>;
+  accumulate<Element, kSteps, kStepsAtOnce<Element, kSteps>>(
       r_sum,
       [&](uint32_t (&r_a)[4], int step, int block) {
         a.load(r_a, block * Sum::kRowStride, step * kStepDepth<Element>);
@@ -89,7 +97,8 @@ FA_DEVICE void accumulate_atb(Sum& r_sum, const SmemTile<Element, kDepth, kColsA
                               const SmemTile<Element, kDepth, kColsB>& s_b, int b_col) {
   const auto a = TransposingPointer<SmemTile<Element, kDepth, kColsA>>::right_first(s_a, 0, a_col);
   const auto b = TransposingPointer<SmemTile<Element, kDepth, kColsB>>::down_first(s_b, 0, b_col);
-  accumulate<Element, kDepth / kStepDepth<Element>>(
+  constexpr int kSteps = kDepth / kStepDepth<Element>;
+  accumulate<Element, kSteps, kStepsAtOnce<Element, kSteps>>(
       r_sum,
       [&](uint32_t (&r_a)[4], int step, int block) {
         a.load_transposed(r_a, step * kStepDepth<Element>, block * Sum::kRowStride);

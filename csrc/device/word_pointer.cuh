@@ -40,8 +40,7 @@ class WordPointer {
   static constexpr int kBlockCols = 8;
 
   FA_DEVICE WordPointer(const Tile& s_tile, int row, int col, bool down_first)
-      : address_(ptx::smem_address(s_tile.elements) +
-                 kBytes * Tile::step(lane_offset(), row, col)),
+      : address_(ptx::smem_address(s_tile.elements) + kBytes * Tile::step(lane_offset(), row, col)),
         down_first_(down_first) {}
 
   static FA_DEVICE int lane_offset() {
