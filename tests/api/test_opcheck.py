@@ -29,12 +29,12 @@ CASES = [
 ]
 FWD_SCHEMA = (
     "flash_attn_cuda::fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, "
-    "SymInt window_right, bool deterministic) -> (Tensor out, Tensor softmax_lse)"
+    "SymInt window_right, bool deterministic, bool allow_tf32) -> (Tensor out, Tensor softmax_lse)"
 )
 BWD_SCHEMA = (
     "flash_attn_cuda::bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor softmax_lse, float? softmax_scale, SymInt window_left, SymInt window_right, "
-    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "bool deterministic, bool allow_tf32) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 GENERAL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
@@ -47,7 +47,7 @@ def test_schema() -> None:
     ops = torch.ops.flash_attn_cuda
     fwd_general = FWD_SCHEMA.replace("float? softmax_scale", GENERAL)
     bwd_general = BWD_SCHEMA.replace("float? softmax_scale", GENERAL)
-    bwd_general = bwd_general.replace("deterministic)", "deterministic, bool needs_dbias)")
+    bwd_general = bwd_general.replace("allow_tf32)", "allow_tf32, bool needs_dbias)")
     bwd_general = bwd_general.replace("Tensor dv)", "Tensor dv, Tensor dbias)")
     for suffix in ("_general", "_general_eager"):
         fwd, bwd = getattr(ops, f"fwd{suffix}"), getattr(ops, f"bwd{suffix}")
@@ -138,7 +138,7 @@ def _general_arguments(name: str, device: str) -> tuple[list[torch.Tensor], list
     tensors = [None if x is None else x.to(device) for x in GENERAL_TENSORS[name]]
     if tensors[4] is not None:
         tensors[4] = tensors[4].clone().requires_grad_()
-    return qkv, [*tensors, 0.3, -1, 5, True]
+    return qkv, [*tensors, 0.3, -1, 5, True, False]
 
 
 @pytest.mark.parametrize("name", GENERAL_TENSORS)
@@ -157,9 +157,9 @@ def test_bwd_general(device: str, name: str, needs_dbias: bool) -> None:
     torch.library.opcheck(torch.ops.flash_attn_cuda.bwd_general.default, (*arguments, needs_dbias))
 
 
-def _options(case: Case) -> tuple[float, int, int, bool]:
+def _options(case: Case) -> tuple[float, int, int, bool, bool]:
     left, right = case.window
-    return case.scale, left, 0 if case.causal else right, case.deterministic
+    return case.scale, left, 0 if case.causal else right, case.deterministic, False
 
 
 def _bwd_arguments(case: Case) -> tuple[object, ...]:
