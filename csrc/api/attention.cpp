@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_general(
   "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? block_mask, " \
   "Tensor? document_ids, Tensor? prefix_lens, "
 
-#define FA_SCALE_SCHEMA \
+#define FA_SCALE_SCHEMA                                                                 \
   "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic, " \
   "bool allow_tf32"
 

@@ -15,7 +15,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async, and what TMA asks of strides
-constexpr size_t kMaxDims = 4;  // of a tensor made here
+constexpr size_t kMaxDims = 4;          // of a tensor made here
 
 struct DeviceOf {
   const Argument& argument;
