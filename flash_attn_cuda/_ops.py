@@ -60,6 +60,21 @@ def _raise_named(error: RuntimeError) -> NoReturn:
     raise error
 
 
+def _cuda_allows_tf32() -> bool:
+    # The one question that knows all ways to set it, and warns of none.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result sets, which imports torch._dynamo: torch cannot trace
+# the question, but traces again where the answer changes.
+_cuda_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def allows_tf32(q: Tensor) -> bool:
+    """Whether products of such tensors may round their factors to TF32, as torch's own may."""
+    return q.dtype is torch.float32 and q.is_cuda and _cuda_allows_tf32()
+
+
 def statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -88,6 +103,7 @@ def _fwd_fake(
     window_left: int,
     window_right: int,
     deterministic: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     return _fake_results(q, k, v)
 
@@ -123,6 +139,7 @@ def _bwd_fake(
     window_left: int,
     window_right: int,
     deterministic: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -164,14 +181,15 @@ def _gradients(
     dlse: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return None, None, None, None, None, None, None
+        return (None,) * 8
     q, k, v, out, softmax_lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    scale, left, right, deterministic = ctx.options
+    *options, deterministic, allow_tf32 = ctx.options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv = run_bwd(dout, dlse, q, k, v, out, softmax_lse, scale, left, right, deterministic)
-    return dq, dk, dv, None, None, None, None
+    inputs = (q, k, v, out, softmax_lse, *options, deterministic, allow_tf32)
+    dq, dk, dv = run_bwd(dout, dlse, *inputs)
+    return dq, dk, dv, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -206,9 +224,9 @@ def _general_gradients(
     q, k, v, out, softmax_lse, *tensors = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    softcap, dropout_p, scale, left, right, deterministic, _ = ctx.options
+    *options, deterministic, allow_tf32, _ = ctx.options
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    inputs = (*tensors, softcap, dropout_p, scale, left, right, deterministic)
+    inputs = (*tensors, *options, deterministic, allow_tf32)
     needed = _differentiable(ctx.needs_input_grad[3:])
     *gradients[:3], dbias, dslopes, dsinks = run_bwd(
         dout, dlse, q, k, v, out, softmax_lse, *inputs, *needed
@@ -350,7 +368,7 @@ def attention(
         out, like q; with return_lse (out, softmax_lse), where softmax_lse is (batch, heads,
         seqlen_q), float32 (float64 for float64 inputs), natural log.
     """
-    inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic)
+    inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic, allows_tf32(q))
     if torch.compiler.is_compiling():
         output = _fwd(*inputs)
         return output if return_lse else output[0]
@@ -418,8 +436,8 @@ def general_attention(
         k, v, attn_bias, alibi_slopes and sinks; max_logit (heads,) of the dtype of softmax_lse, or
         empty where nobody needs it.
     """
-    inputs = (q, k, v, *tensors, *terms.inputs)
-    inputs += (softmax_scale, window_left, window_right, deterministic, needs_max_logit)
+    options = (softmax_scale, window_left, window_right, deterministic, allows_tf32(q))
+    inputs = (q, k, v, *tensors, *terms.inputs, *options, needs_max_logit)
     if torch.compiler.is_compiling():
         return _fwd_general(*inputs)  # type: ignore[no-any-return]
     try:
@@ -435,8 +453,8 @@ def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
     Args:
         inputs: dout, dlse, q, k, v, out, softmax_lse; the tensors, the terms' inputs and what
-            follows up to deterministic as of :func:`general_attention`; whether dbias, dslopes and
-            dsinks are wanted, which are empty else.
+            follows up to deterministic as of :func:`general_attention`; allows_tf32(q); whether
+            dbias, dslopes and dsinks are wanted, which are empty else.
     """
     try:
         return _bwd_general_eager(*inputs)  # type: ignore[no-any-return]

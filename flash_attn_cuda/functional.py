@@ -58,8 +58,11 @@ def flash_attn_func(
     key has output 0, LSE -inf, gradient 0.
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16 or float16, on the CPU
-            float32 or float64 too; on CUDA torch.autocast casts float32. Any strides.
+        q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16, float16, float32 (on
+            CUDA with a head_dim up to 256) or, on the CPU, float64. Any strides. On CUDA, products
+            of float32 are as exact as float32, or TF32 where torch's matrix products may be
+            (torch.backends.cuda.matmul.fp32_precision, torch.set_float32_matmul_precision).
+            torch.autocast casts.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (grouped-query attention).
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v up to 512, often head_dim.
         dropout_p: probability that a probability is dropped, after the softmax (Srivastava et al.,

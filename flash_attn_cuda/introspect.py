@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_cuda._arguments import autocast, check_arguments, window_of
-from flash_attn_cuda._ops import _C, check_alike
+from flash_attn_cuda._ops import _C, allows_tf32, check_alike
 from flash_attn_cuda._version import __version__
 
 # What makes a problem one for the general rows of the kernel table, and for those of them that have
@@ -116,7 +116,7 @@ def explain(
         rules_of_pass = given if pass_name == "fwd" else given - {"return_max_logit"}
         decision: dict[str, Any] = _C.explain(
             pass_name=pass_name,
-            dtype=str(q.dtype).removeprefix("torch."),
+            dtype="tf32" if allows_tf32(q) else str(q.dtype).removeprefix("torch."),
             head_dim=max(q.shape[3], v.shape[3]),
             seqlen_q=q.shape[1],
             seqlen_k=k.shape[1],

@@ -161,7 +161,7 @@ def backward(
         *(q, k, v, out, statistics[0]),
         *tensors,
         *terms.inputs,
-        *(softmax_scale, left, right, deterministic),
+        *(softmax_scale, left, right, deterministic, _ops.allows_tf32(q)),
         *needed,
     )
     if packed:

@@ -28,6 +28,7 @@ struct Call {
   Shape shape;
   WindowMask window;
   double softmax_scale;
+  bool allow_tf32;
   CleanSequences sequences = {};
   Rules rules = {};
 
@@ -49,17 +50,18 @@ struct Call {
 
 // The default of all that the plain operators do not take.
 Call plain_call(const Argument& q, const Argument& k, const Argument& v,
-                std::optional<double> softmax_scale, int64_t window_left, int64_t window_right) {
+                std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                bool allow_tf32) {
   const Shape shape = check_qkv(q, k, v);
   return {shape, check_window(shape, window_left, window_right),
-          resolve_scale(softmax_scale, shape)};
+          resolve_scale(softmax_scale, shape), allow_tf32};
 }
 
 Call general_call(const Argument& q, const Argument& k, const Argument& v,
                   const SequenceArguments& sequences, const RuleArguments& rules,
                   const TermArguments& terms, std::optional<double> softmax_scale,
-                  int64_t window_left, int64_t window_right) {
-  Call call = plain_call(q, k, v, softmax_scale, window_left, window_right);
+                  int64_t window_left, int64_t window_right, bool allow_tf32) {
+  Call call = plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32);
   call.shape.batch = check_sequences(sequences, q, k);
   call.rules = check_rules(rules, q, call.shape, sequences.packed());
   call.rules.terms = check_terms(terms, q, call.shape, call.rules.copies);
@@ -168,12 +170,12 @@ Tensor empty_rows(const Argument& rows, const Argument& heads, const Argument& c
 
 // A (batch, rows, heads, head_dim) result on CUDA, for fill_on_cuda().
 LeftRows left_rows(const Tensor& result, const Sequences& sequences, const Call& call) {
-  constexpr int64_t kElementsOfWord = 2;
+  const int64_t row_bytes = result.size(2) * result.size(3) * bytes_of(dtype_of({"", result}));
   return {.sequences = sequences,
           .batch = call.shape.batch,
           .rows = static_cast<int>(result.size(1)),
           .planes = 1,
-          .words_of_row = result.size(2) * result.size(3) / kElementsOfWord,
+          .words_of_row = row_bytes / static_cast<int64_t>(sizeof(uint32_t)),
           .words = static_cast<uint32_t*>(result.mutable_data_ptr()),
           .value = 0};
 }
@@ -222,7 +224,8 @@ void fill_left_rows(Tensor& dq, Tensor& dk, Tensor& dv, const Argument& q, const
 std::tuple<Tensor, Tensor> run_forward(const Argument& q, const Argument& k, const Argument& v,
                                        Call call, const HeadValues& max_logit) {
   call.rules.terms.max_logit = max_logit;
-  const int row = select_row(problem_for(Pass::kForward, q, call.shape, call.window, call.rules));
+  const int row = select_row(
+      problem_for(Pass::kForward, q, call.shape, call.window, call.rules, call.allow_tf32));
   const int head_dim_v = call.shape.head_dim_v;
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
@@ -264,7 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
   check_like_out(out, q, v);
   check_row_statistics(softmax_lse, q);
   check_row_statistics(dlse, q);
-  const int row = select_row(problem_for(Pass::kBackward, q, call.shape, call.window, call.rules));
+  const int row = select_row(
+      problem_for(Pass::kBackward, q, call.shape, call.window, call.rules, call.allow_tf32));
   const auto [head_dim, head_dim_v] = std::pair(call.shape.head_dim, call.shape.head_dim_v);
   call.shape.head_dim = kernel_head_dim(q);
   call.shape.head_dim_v = kernel_head_dim(v);
@@ -318,11 +322,12 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
 std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tensor,
                                    const Tensor& v_tensor, std::optional<double> softmax_scale,
                                    int64_t window_left, int64_t window_right,
-                                   bool /*deterministic*/) {
+                                   bool /*deterministic*/, bool allow_tf32) {
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
-  return run_forward(q, k, v, plain_call(q, k, v, softmax_scale, window_left, window_right), {});
+  return run_forward(q, k, v,
+                     plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32), {});
 }
 
 // dout and out like the result, dlse (gradient of softmax_lse) and softmax_lse (batch, heads,
@@ -331,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
     const Tensor& lse_tensor, std::optional<double> softmax_scale, int64_t window_left,
-    int64_t window_right, bool deterministic) {
+    int64_t window_right, bool deterministic, bool allow_tf32) {
   const Argument dout{"dout", dout_tensor};
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
@@ -339,8 +344,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Argument out{"out", out_tensor};
   const Argument softmax_lse{"softmax_lse", lse_tensor};
   return run_backward(dout, dlse_tensor, q, k, v, out, softmax_lse,
-                      plain_call(q, k, v, softmax_scale, window_left, window_right), deterministic,
-                      {});
+                      plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32),
+                      deterministic, {});
 }
 
 // The same with sequences, rules and terms, and max_logit (heads), which has no elements where
@@ -355,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_general(
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
     const std::optional<Tensor>& rng_state, double softcap, double dropout_p,
     std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    bool /*deterministic*/, bool needs_max_logit) {
+    bool /*deterministic*/, bool allow_tf32, bool needs_max_logit) {
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
   const Argument v{"v", v_tensor};
@@ -363,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_general(
       general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
                    {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
                    {alibi_slopes, sinks, rng_state, softcap, dropout_p}, softmax_scale, window_left,
-                   window_right);
+                   window_right, allow_tf32);
   Tensor max_logit =
       empty({needs_max_logit ? call.shape.num_heads : 0}, q, statistics_dtype(dtype_of(q)));
   HeadValues of_heads;
@@ -388,8 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
     const std::optional<Tensor>& prefix_lens, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& rng_state, double softcap,
     double dropout_p, std::optional<double> softmax_scale, int64_t window_left,
-    int64_t window_right, bool deterministic, bool needs_dbias, bool needs_dslopes,
-    bool needs_dsinks) {
+    int64_t window_right, bool deterministic, bool allow_tf32, bool needs_dbias,
+    bool needs_dslopes, bool needs_dsinks) {
   const Argument dout{"dout", dout_tensor};
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
@@ -400,7 +405,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
       general_call(q, k, v, {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
                    {attn_bias, attn_mask, key_padding_mask, block_mask, document_ids, prefix_lens},
                    {alibi_slopes, sinks, rng_state, softcap, dropout_p}, softmax_scale, window_left,
-                   window_right);
+                   window_right, allow_tf32);
   const auto gradient = [&q](const char* name, const std::optional<Tensor>& tensor, bool needed) {
     return needed && tensor.has_value() ? zeros_like({name, *tensor}) : empty({0}, q, dtype_of(q));
   };
@@ -430,8 +435,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
   "Tensor? document_ids, Tensor? prefix_lens, Tensor? alibi_slopes, Tensor? sinks, "     \
   "Tensor? rng_state, float softcap, float dropout_p, "
 
-#define FA_SCALE_SCHEMA \
-  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic"
+#define FA_SCALE_SCHEMA                                                                 \
+  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic, " \
+  "bool allow_tf32"
 
 #define FA_FWD_SCHEMA \
   "(Tensor q, Tensor k, Tensor v, " FA_SCALE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)"

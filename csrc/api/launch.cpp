@@ -73,9 +73,11 @@ CudaDevice cuda_device(int device_index) {
 void limit_shared_memory(int64_t bytes) { g_smem_limit = bytes; }
 
 Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window,
-                    const ScoreRules& rules) {
+                    const ScoreRules& rules, bool allow_tf32) {
+  const Dtype dtype = dtype_of(q);
+  const bool as_tf32 = allow_tf32 && dtype == Dtype::kFloat32 && q.device.is_cuda();
   return {.pass = pass,
-          .dtype = dtype_of(q),
+          .dtype = as_tf32 ? Dtype::kTf32 : dtype,
           .head_dim = std::max(shape.head_dim, shape.head_dim_v),
           .full_mask = window.is_full(),
           .general_scores = rules.any(),

@@ -18,8 +18,9 @@ CudaDevice cuda_device(int device_index);
 // that the kernels for smaller devices are chosen. 0: as much as there is.
 void limit_shared_memory(int64_t bytes);
 
+// allow_tf32: of float32 on CUDA.
 Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const WindowMask& window,
-                    const ScoreRules& rules);
+                    const ScoreRules& rules, bool allow_tf32);
 
 // common/clean_sequences.h on the device of q.
 void clean_on_cuda(const GivenSequences& queries, const GivenSequences& keys, const Argument& q);

@@ -20,13 +20,14 @@ namespace {
 namespace py = pybind11;
 
 Dtype parse_dtype(const std::string& name) {
-  for (Dtype dtype : {Dtype::kFloat64, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
+  for (Dtype dtype :
+       {Dtype::kFloat64, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16, Dtype::kTf32}) {
     if (name == name_of(dtype)) {
       return dtype;
     }
   }
   throw Error(ErrorKind::kType,
-              concat("dtype: expected bfloat16, float16, float32 or float64, got ", name));
+              concat("dtype: expected bfloat16, float16, float32, tf32 or float64, got ", name));
 }
 
 py::dict row_to_dict(int row) {

@@ -15,8 +15,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kCudaAlignment = 16;  // bytes: one cp.async, and what TMA asks of strides
-constexpr int64_t kCudaHeadDimMultiple = 8;
-constexpr size_t kMaxDims = 4;  // of a tensor made here
+constexpr size_t kMaxDims = 4;          // of a tensor made here
 
 struct DeviceOf {
   const Argument& argument;
@@ -65,10 +64,6 @@ Tensor allocate(const Argument& like, int64_t elements, Make&& make) {
   }
 }
 
-int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 Layout layout_of(const Argument& argument) {
   Layout layout = {.address = reinterpret_cast<uintptr_t>(argument.tensor.const_data_ptr()),
                    .element_bytes = bytes_of(dtype_of(argument)),
@@ -84,6 +79,7 @@ int32_t torch_number(Dtype dtype) {
     case Dtype::kFloat64:
       return aoti_torch_dtype_float64();
     case Dtype::kFloat32:
+    case Dtype::kTf32:
       return aoti_torch_dtype_float32();
     case Dtype::kFloat16:
       return aoti_torch_dtype_float16();
@@ -208,8 +204,8 @@ WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_
 
 int kernel_head_dim(const Argument& argument) {
   const int head_dim = static_cast<int>(argument.sizes[3]);
-  return argument.device.is_cpu() ? head_dim
-                                  : round_up(head_dim, static_cast<int>(kCudaHeadDimMultiple));
+  const int of_load = static_cast<int>(kCudaAlignment) / bytes_of(dtype_of(argument));
+  return argument.device.is_cpu() ? head_dim : round_up(head_dim, of_load);
 }
 
 const char* why_copied(const Layout& layout) {
@@ -220,8 +216,9 @@ const char* why_copied(const Layout& layout) {
   if (!on_cuda) {
     return nullptr;
   }
-  if (sizes[3] % kCudaHeadDimMultiple != 0) {
-    return "its head_dim is not a multiple of 8";
+  if (sizes[3] * element_bytes % kCudaAlignment != 0) {
+    return element_bytes == 2 ? "its head_dim is not a multiple of 8"
+                              : "its head_dim is not a multiple of 4";
   }
   if (address % kCudaAlignment != 0) {
     return "its address is not a multiple of 16 bytes";

@@ -62,8 +62,8 @@ void check_integers(const Argument& argument, std::initializer_list<int64_t> siz
 // Checks the window's bounds: -1 (unbounded) or a number of keys.
 WindowMask check_window(const Shape& shape, int64_t window_left, int64_t window_right);
 
-// head_dim as the kernels of the argument's device take it: a multiple of 8 on CUDA, where loads
-// are 16 bytes wide.
+// head_dim as the kernels of the argument's device take it: on CUDA, where loads are 16 bytes wide,
+// a multiple of 8, or of 4 in float32.
 int kernel_head_dim(const Argument& argument);
 
 // The tensor itself where a kernel can read it in place; otherwise a copy with a contiguous last

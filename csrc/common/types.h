@@ -10,7 +10,9 @@
 
 namespace fa {
 
-enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
+// kTf32: of kernels alone, for float32 tensors: they round factors of products to 11 significant
+// bits, as tensor cores take them, where those of kFloat32 keep all.
+enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16, kTf32 };
 enum class Pass { kForward, kBackward };
 
 // kFull: every query sees every key. kWindow: a bottom-right aligned band; causal is one such band.
@@ -29,12 +31,23 @@ constexpr const char* name_of(Dtype dtype) {
       return "float64";
     case Dtype::kFloat32:
       return "float32";
+    case Dtype::kTf32:
+      return "tf32";
     case Dtype::kFloat16:
       return "float16";
     case Dtype::kBFloat16:
       return "bfloat16";
   }
   return "";
+}
+
+// Of the tensors that a kernel of this dtype runs.
+constexpr Dtype tensor_dtype(Dtype dtype) {
+  return dtype == Dtype::kTf32 ? Dtype::kFloat32 : dtype;
+}
+
+constexpr int bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : tensor_dtype(dtype) == Dtype::kFloat32 ? 4 : 2;
 }
 
 constexpr const char* name_of(Pass pass) { return pass == Pass::kForward ? "fwd" : "bwd"; }

@@ -27,6 +27,8 @@ FA_CPU_INLINE void with_dtype(Dtype dtype, const Visitor& visit) {
       return visit.template operator()<Dtype::kFloat16>();
     case Dtype::kBFloat16:
       return visit.template operator()<Dtype::kBFloat16>();
+    case Dtype::kTf32:  // of no tensor
+      break;
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "device/fragment.cuh"
 #include "device/lane_pointer.cuh"
+#include "ptx/mma_tf32.cuh"
 
 namespace fa::device {
 
@@ -28,7 +29,8 @@ FA_DEVICE __half from_float<__half>(float x) {
 }
 
 // An accumulator as the A operand of the next product. Two of its 8-column blocks are one depth
-// step, and every element is already in the lane that needs it.
+// step, and every element is already in the lane that needs it. Of 32-bit elements one block is a
+// step, whose columns take another order: the even ones, then the odd ones.
 template <typename Element, int kRows, int kCols>
 FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kCols>& r_tile) {
   OperandA<Element, kRows, kCols> r_operand;
@@ -37,16 +39,34 @@ FA_DEVICE OperandA<Element, kRows, kCols> to_operand(const Accumulator<kRows, kC
 #pragma unroll
     for (int b = 0; b < r_tile.kColBlocks; ++b) {
       const float (&block)[4] = r_tile.r[a][b];
-      uint32_t (&step)[4] = r_operand.r[a][b / 2];
-      step[b % 2 * 2] = ptx::convert_pair<Element>(block[0], block[1]);
-      step[b % 2 * 2 + 1] = ptx::convert_pair<Element>(block[2], block[3]);
+      if constexpr (sizeof(Element) == sizeof(float)) {
+        uint32_t (&step)[4] = r_operand.r[a][b];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          step[i % 2 * 2 + i / 2] = __float_as_uint(block[i]);
+        }
+      } else {
+        uint32_t (&step)[4] = r_operand.r[a][b / 2];
+        step[b % 2 * 2] = ptx::convert_pair<Element>(block[0], block[1]);
+        step[b % 2 * 2 + 1] = ptx::convert_pair<Element>(block[2], block[3]);
+      }
     }
   }
   return r_operand;
 }
 
+// Two neighbours.
+template <typename Element>
+FA_DEVICE void store_pair(Element* s_pair, float low, float high) {
+  if constexpr (sizeof(Element) == sizeof(float)) {
+    *reinterpret_cast<float2*>(s_pair) = {low, high};
+  } else {
+    *reinterpret_cast<uint32_t*>(s_pair) = ptx::convert_pair<Element>(low, high);
+  }
+}
+
 // Writes an accumulator as elements into a shared tile, its first element at (row, col): as for
-// LanePointer. Eight rows of one block are one pass over all banks.
+// LanePointer. Eight rows of one block, or four of 32-bit elements, are one pass over all banks.
 template <typename Sums, typename Element, int kTileRows, int kTileCols>
 FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, kTileCols>& s_tile,
                               int row, int col) {
@@ -60,8 +80,7 @@ FA_DEVICE void store_elements(const Sums& r_sums, SmemTile<Element, kTileRows, k
       for (int half = 0; half < 2; ++half) {
         Element* s_pair =
             s_tile.elements + Tile::step(first, Sums::first_row(2 * a + half), Sums::first_col(b));
-        *reinterpret_cast<uint32_t*>(s_pair) =
-            ptx::convert_pair<Element>(r_sums.r[a][b][2 * half], r_sums.r[a][b][2 * half + 1]);
+        store_pair(s_pair, r_sums.r[a][b][2 * half], r_sums.r[a][b][2 * half + 1]);
       }
     }
   }

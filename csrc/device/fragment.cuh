@@ -7,7 +7,8 @@
 // column blocks are a slice of 16 columns. Row blocks and slices follow one another at strides of
 // 16, or of more where warps take turns (warp_grid.cuh). An A operand (16, 16) has the registers of
 // a slice in pairs of 16-bit elements; a B operand (16, 8) is the transpose of an 8x16 half of
-// that.
+// that. Of 32-bit elements an A operand (16, 8) has those at row lane / 4 (+ 8) and column
+// lane % 4, and with 4 columns on in its last two registers.
 #pragma once
 
 #include "ptx/mma_sm80.cuh"
@@ -16,7 +17,11 @@ namespace fa::device {
 
 inline constexpr int kBlockRows = 16;  // rows of one mma
 inline constexpr int kBlockCols = 8;   // columns of one mma
-inline constexpr int kMmaDepth = 16;   // products summed by one mma
+inline constexpr int kMmaDepth = 16;   // products summed by one mma of 16-bit elements
+
+// The same of any elements: 32 bytes of them.
+template <typename Element>
+inline constexpr int kStepDepth = 32 / sizeof(Element);
 
 // One lane of the four that share a row.
 FA_DEVICE bool leads_row() { return ptx::lane_index() % 4 == 0; }
@@ -110,15 +115,16 @@ struct Accumulator {
 template <typename Element, int kRows, int kDepth>
 struct OperandA {
   static constexpr int kCols = kDepth;
+  static constexpr int kSteps = kDepth / kStepDepth<Element>;
 
-  uint32_t r[kRows / kBlockRows][kDepth / kMmaDepth][4];
+  uint32_t r[kRows / kBlockRows][kSteps][4];
 
   // Into registers of its own, whatever becomes of `other`.
   FA_DEVICE void copy(const OperandA& other) {
 #pragma unroll
     for (int a = 0; a < kRows / kBlockRows; ++a) {
 #pragma unroll
-      for (int step = 0; step < kDepth / kMmaDepth; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           r[a][step][i] = ptx::opaque(other.r[a][step][i]);

@@ -11,19 +11,21 @@ namespace fa::device {
 // Where a lane points in a tile for ldmatrix and stmatrix, which move four 8x8 blocks of a 16x16
 // area, and what moves at constant steps from there. The area that the pointer is made for starts
 // at (row, col): multiples of 8 and 16, and col such that col + cols never carries in binary.
+// Of 32-bit elements, each of which moves as a pair of 16-bit ones does, blocks are 8x4.
 template <typename Tile>
 class LanePointer {
  public:
   // The four blocks follow one another first down, then right,
   static FA_DEVICE LanePointer down_first(const Tile& s_tile, int row, int col) {
     const int lane = ptx::lane_index();
-    return {s_tile, Tile::offset(lane % 16, lane / 16 * 8), row, col};
+    return {s_tile, Tile::offset(lane % 16, lane / 16 * Tile::kUnitElements), row, col};
   }
 
   // or first right, then down.
   static FA_DEVICE LanePointer right_first(const Tile& s_tile, int row, int col) {
     const int lane = ptx::lane_index();
-    return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8), row, col};
+    return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * Tile::kUnitElements), row,
+            col};
   }
 
   FA_DEVICE void load(uint32_t (&r_blocks)[4], int rows, int cols) const {

@@ -1,54 +1,47 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A (kRows, kCols) tile of 16-bit elements in shared memory. The columns are cut into panels of 64
-// (or of 32 or 16 where kCols is no multiple of that); a panel is kRows lines, and within it the
-// 16-byte units are permuted such that eight rows of one unit column lie in eight different bank
-// groups: ldmatrix and the 16-byte copies then have no bank conflicts.
+// A (kRows, kCols) tile of 16-bit or 32-bit elements in shared memory. The columns are cut into
+// panels of 128 bytes (or of 64 or 32 where kCols is no multiple of that); a panel is kRows lines,
+// and within it the 16-byte units are permuted such that eight rows of one unit column lie in eight
+// different bank groups: ldmatrix and the 16-byte copies then have no bank conflicts.
 #pragma once
 
-#include "common/params.h"
-#include "ptx/common.cuh"
+#include "device/global_tile.cuh"
 #include "ptx/cp_async.cuh"
 
 namespace fa::device {
-
-// The rows of one head from some row on. Beyond `rows` and `cols` nothing may be touched.
-template <typename Element>
-struct GlobalTile {
-  Element* g_first;
-  int64_t row_stride;
-  int rows;
-  int cols;
-
-  FA_DEVICE Element* at(int row, int col) const { return g_first + row * row_stride + col; }
-};
-
-// The rows of (batch, head) of a sequence, from its row first_row on.
-template <typename Element>
-FA_DEVICE GlobalTile<Element> global_tile(const TensorView& view, const Sequence& sequence,
-                                          int batch, int first_row, int head, int head_dim) {
-  return {view.row<Element>(batch, sequence.begin + first_row, head), view.row_stride,
-          sequence.length - first_row, head_dim};
-}
 
 template <typename Element, int kRowsOfTile, int kColsOfTile>
 struct SmemTile {
   static constexpr int kRows = kRowsOfTile;
   static constexpr int kCols = kColsOfTile;
-  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : kCols % 32 == 0 ? 32 : 16;
+  static constexpr int kLineElements = 128 / sizeof(Element);
+  static constexpr int kPanelCols = kCols % kLineElements == 0         ? kLineElements
+                                    : kCols % (kLineElements / 2) == 0 ? kLineElements / 2
+                                                                       : kLineElements / 4;
   static constexpr int kPanels = kCols / kPanelCols;
   static constexpr int kUnitElements = 16 / sizeof(Element);
   static constexpr int kUnitsPerLine = kPanelCols / kUnitElements;
   static constexpr int kBankGroups = 8;  // of 16 bytes
   static constexpr int kSwizzleRows = 8;
-  static_assert(sizeof(Element) == 2 && kCols % kPanelCols == 0 && kRows % kSwizzleRows == 0);
+  static constexpr bool kIsWide = sizeof(Element) == 4;
+  static_assert(sizeof(Element) == 2 || kIsWide);
+  static_assert(kCols % kPanelCols == 0 && kRows % kSwizzleRows == 0);
 
   alignas(128) Element elements[kRows * kCols];
+
+  // What the units of a row are permuted by, bit by bit of the row. 32-bit elements are also read
+  // and written in 8 columns of 4 rows: rows (0, 1, 2, 3) + 4 i and (0, 2, 4, 6) + i differ
+  // in more than the lowest bit.
+  static FA_HOST_DEVICE constexpr int swizzle(int row) {
+    const int order =
+        kIsWide ? (row >> 1 & 1) << 2 | ((row ^ row >> 2) & 1) << 1 | (row >> 2 & 1) : row;
+    return order / (kBankGroups / kUnitsPerLine) % kUnitsPerLine;
+  }
 
   static FA_HOST_DEVICE constexpr int offset(int row, int col) {
     const int panel = col / kPanelCols;
     const int unit = col % kPanelCols / kUnitElements;
-    const int swizzle = row / (kBankGroups / kUnitsPerLine) % kUnitsPerLine;
-    return (panel * kRows + row) * kPanelCols + (unit ^ swizzle) * kUnitElements +
+    return (panel * kRows + row) * kPanelCols + (unit ^ swizzle(row)) * kUnitElements +
            col % kUnitElements;
   }
 
@@ -111,7 +104,7 @@ struct SmemTile {
   FA_DEVICE void negate() {
     for_each_unit<kThreads>([&](int unit, int, int) {
       uint4& bits = *reinterpret_cast<uint4*>(elements + unit);
-      constexpr uint32_t kSigns = 0x80008000u;
+      constexpr uint32_t kSigns = kIsWide ? 0x80000000u : 0x80008000u;
       bits = {bits.x ^ kSigns, bits.y ^ kSigns, bits.z ^ kSigns, bits.w ^ kSigns};
     });
   }

@@ -54,7 +54,7 @@ struct KernelConfig {
     if (family == Family::kCpu) {
       return 0;
     }
-    const int64_t element_bytes = 2;
+    const int64_t element_bytes = bytes_of(dtype);
     if (family == Family::kSm90 && pass == Pass::kForward) {
       return sm90_smem_bytes(q_stages(), kv_stages());
     }
@@ -279,6 +279,27 @@ inline constexpr KernelConfig kRows[] = {
   {kSm80, kBackward, kFloat16,  256, kWindow, kGeneral,    16,   32,  4, 1},
   {kSm80, kBackward, kBFloat16, 512, kWindow, kGeneral,    16,   16,  4, 1},
   {kSm80, kBackward, kFloat16,  512, kWindow, kGeneral,    16,   16,  4, 1},
+
+  // float32, with all rules too.
+  {kSm80, kForward,  kFloat32,   64, kWindow, kGeneral,    64,   32,  4, 2},
+  {kSm80, kForward,  kTf32,      64, kWindow, kGeneral,    64,   32,  4, 2},
+  {kSm80, kForward,  kFloat32,  128, kWindow, kGeneral,    64,   32,  4, 1},
+  {kSm80, kForward,  kTf32,     128, kWindow, kGeneral,    64,   32,  4, 1},
+  {kSm80, kForward,  kFloat32,  256, kWindow, kGeneral,    64,   32,  8, 1},
+  {kSm80, kForward,  kTf32,     256, kWindow, kGeneral,    64,   32,  8, 1},
+  {kSm80, kForward,  kFloat32,  256, kWindow, kGeneral,    32,   16,  4, 1},
+  {kSm80, kForward,  kTf32,     256, kWindow, kGeneral,    32,   16,  4, 1},
+
+  {kSm80, kBackward, kFloat32,   64, kWindow, kGeneral,    32,   64,  4, 1},
+  {kSm80, kBackward, kTf32,      64, kWindow, kGeneral,    32,   64,  4, 1},
+  {kSm80, kBackward, kFloat32,  128, kWindow, kGeneral,    32,   64,  8, 1},
+  {kSm80, kBackward, kTf32,     128, kWindow, kGeneral,    32,   64,  8, 1},
+  {kSm80, kBackward, kFloat32,  128, kWindow, kGeneral,    16,   32,  4, 1},
+  {kSm80, kBackward, kTf32,     128, kWindow, kGeneral,    16,   32,  4, 1},
+  {kSm80, kBackward, kFloat32,  256, kWindow, kGeneral,    32,   32,  8, 1},
+  {kSm80, kBackward, kTf32,     256, kWindow, kGeneral,    32,   32,  8, 1},
+  {kSm80, kBackward, kFloat32,  256, kWindow, kGeneral,    16,   16,  4, 1},
+  {kSm80, kBackward, kTf32,     256, kWindow, kGeneral,    16,   16,  4, 1},
 
   {kCpu,  kForward,  kFloat32,  512, kWindow, kGeneral,   64,   64, 0, 0},
   {kCpu,  kForward,  kBFloat16, 512, kWindow, kGeneral,   64,   64, 0, 0},

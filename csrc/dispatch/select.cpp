@@ -62,12 +62,13 @@ std::string join(const std::vector<std::string>& words) {
       throw Error(ErrorKind::kNotImplemented, describe(nearest, nearest_row, problem));
     case Verdict::kDtype:
       throw Error(ErrorKind::kType,
-                  concat("q, k, v: expected bfloat16 or float16 on ", device, ", got ",
+                  concat("q, k, v: expected bfloat16, float16 or float32 on ", device, ", got ",
                          name_of(problem.dtype), "; cast them or call under torch.autocast"));
     case Verdict::kHeadDim:
-      throw Error(ErrorKind::kValue,
-                  concat("head_dim of q, k, v: expected at most ", largest_head_dim, " on ", device,
-                         ", got ", problem.head_dim));
+      throw Error(
+          ErrorKind::kValue,
+          concat("head_dim of q, k, v: expected at most ", largest_head_dim, " in ",
+                 name_of(tensor_dtype(problem.dtype)), " on ", device, ", got ", problem.head_dim));
     default:
       throw Error(
           ErrorKind::kNotImplemented,

@@ -24,6 +24,14 @@ FA_DEVICE uint32_t smem_address(const void* s_pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(s_pointer));
 }
 
+// 32 bits of shared memory.
+// PTX ISA, "Data Movement and Conversion Instructions: ld", .shared.
+FA_DEVICE uint32_t load_shared(uint32_t s_word) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(s_word) : "memory");
+  return word;
+}
+
 // x, about which the compiler knows nothing. What is computed from it inside a loop is not computed
 // ahead of the loop, where it would occupy registers.
 // PTX ISA, "Data Movement and Conversion Instructions: mov".

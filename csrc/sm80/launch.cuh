@@ -17,6 +17,10 @@
 
 namespace fa::sm80 {
 
+// Of the tensors, where Traits::Element is of products.
+template <typename Traits>
+using TensorElement = typename ElementOf<tensor_dtype(Traits::kConfig.dtype)>::type;
+
 template <typename Traits>
 void launch_forward(const FwdParams& params, const LaunchContext& context) {
   const Shape& shape = params.shape;
@@ -27,7 +31,7 @@ void launch_forward(const FwdParams& params, const LaunchContext& context) {
                         shape.num_heads),
       Traits::kThreads, sizeof(typename Traits::SharedMemory), context.stream);
   if constexpr (Traits::kGeneral) {
-    support::launch_max_logit<typename Traits::Element>(params, context.stream);
+    support::launch_max_logit<TensorElement<Traits>>(params, context.stream);
   }
 }
 
@@ -42,14 +46,14 @@ void launch_backward(const BwdParams& given, const LaunchContext& context) {
     params.workspace.turns = nullptr;  // nothing to add, and no block to begin the count
   }
   support::fill_tile_map(params, Traits::kTileM, Traits::kTileN, context.stream);
-  support::launch_bwd_preprocess<typename Traits::Element>(params, context.stream);
+  support::launch_bwd_preprocess<TensorElement<Traits>>(params, context.stream);
   if constexpr (Traits::kGeneral) {
     if (params.dbias.data != nullptr) {
       support::launch<flash_dbias_sm80<Traits>>(
           "flash_dbias_sm80", params, dbias_schedule<Traits>(params), Traits::kThreads,
           sizeof(typename Traits::SharedMemory), context.stream);
     }
-    support::launch_dslopes<typename Traits::Element>(params, context.stream);
+    support::launch_dslopes<TensorElement<Traits>>(params, context.stream);
     support::launch_dsinks(params, context.stream);
   }
   support::launch<flash_bwd_sm80<Traits>>(

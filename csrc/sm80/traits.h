@@ -11,12 +11,25 @@
 #include "device/smem.cuh"
 #include "device/warp_grid.cuh"
 #include "dispatch/kernel_table.h"
+#include "ptx/mma_tf32.cuh"
 #include "sm80/rules.cuh"
 
 namespace fa::sm80 {
 
 // Of what passes by, one tile is loaded while the other is used.
 inline constexpr int kStages = 2;
+
+// Of shared tiles; it says how products are formed.
+template <Dtype kDtype>
+struct ElementOf;
+template <>
+struct ElementOf<Dtype::kBFloat16> : std::type_identity<__nv_bfloat16> {};
+template <>
+struct ElementOf<Dtype::kFloat16> : std::type_identity<__half> {};
+template <>
+struct ElementOf<Dtype::kFloat32> : std::type_identity<float> {};
+template <>
+struct ElementOf<Dtype::kTf32> : std::type_identity<ptx::Tf32> {};
 
 template <int kRow>
 struct Traits {
@@ -28,8 +41,7 @@ struct Traits {
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kBlocks = kConfig.blocks;
 
-  static_assert(kConfig.dtype == Dtype::kBFloat16 || kConfig.dtype == Dtype::kFloat16);
-  using Element = std::conditional_t<kConfig.dtype == Dtype::kBFloat16, __nv_bfloat16, __half>;
+  using Element = typename ElementOf<kConfig.dtype>::type;
 
   static constexpr bool kGeneral = kConfig.score == ScoreMode::kGeneral;
   using Rules =

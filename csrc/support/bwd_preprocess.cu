@@ -16,12 +16,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerStep = kThreads / kLanesPerRow;
-constexpr int kElementsPerLoad = 8;
 
-// Eight consecutive elements, as one load.
+template <typename Element>
+constexpr int kElementsPerLoad = 16 / sizeof(Element);
+
+// Consecutive elements, as one load.
 template <typename Element>
 struct alignas(16) Pack {
-  Element elements[kElementsPerLoad];
+  Element elements[kElementsPerLoad<Element>];
 };
 
 // The part of rowsum(dout * out) that this lane of the row's eight reads; their sum is for all.
@@ -29,12 +31,12 @@ template <typename Element>
 FA_DEVICE float row_dot(const Element* g_out, const Element* g_dout, int head_dim_v) {
   const int lane_of_row = static_cast<int>(threadIdx.x) % kLanesPerRow;
   float sum = 0.0f;
-  for (int col = lane_of_row * kElementsPerLoad; col < head_dim_v;
-       col += kLanesPerRow * kElementsPerLoad) {
+  for (int col = lane_of_row * kElementsPerLoad<Element>; col < head_dim_v;
+       col += kLanesPerRow * kElementsPerLoad<Element>) {
     const auto r_out = *reinterpret_cast<const Pack<Element>*>(g_out + col);
     const auto r_dout = *reinterpret_cast<const Pack<Element>*>(g_dout + col);
 #pragma unroll
-    for (int i = 0; i < kElementsPerLoad; ++i) {
+    for (int i = 0; i < kElementsPerLoad<Element>; ++i) {
       sum += device::to_float(r_out.elements[i]) * device::to_float(r_dout.elements[i]);
     }
   }
@@ -112,5 +114,6 @@ void launch_bwd_preprocess(const BwdParams& params, void* stream) {
 
 template void launch_bwd_preprocess<__nv_bfloat16>(const BwdParams&, void*);
 template void launch_bwd_preprocess<__half>(const BwdParams&, void*);
+template void launch_bwd_preprocess<float>(const BwdParams&, void*);
 
 }  // namespace fa::support

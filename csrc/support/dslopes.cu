@@ -123,5 +123,6 @@ void launch_dslopes(const BwdParams& params, void* stream) {
 
 template void launch_dslopes<__nv_bfloat16>(const BwdParams&, void*);
 template void launch_dslopes<__half>(const BwdParams&, void*);
+template void launch_dslopes<float>(const BwdParams&, void*);
 
 }  // namespace fa::support

@@ -73,5 +73,6 @@ void launch_max_logit(const FwdParams& params, void* stream) {
 
 template void launch_max_logit<__nv_bfloat16>(const FwdParams&, void*);
 template void launch_max_logit<__half>(const FwdParams&, void*);
+template void launch_max_logit<float>(const FwdParams&, void*);
 
 }  // namespace fa::support

@@ -21,7 +21,7 @@ class ScoreTiles {
   static constexpr int kTileN = 128;  // as many as any row of the table has, or more
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * ptx::kWarpSize;
-  static constexpr int kBlocks = 2;  // of a multiprocessor
+  static constexpr int kBlocks = sizeof(Element) == 2 ? 2 : 1;  // of a multiprocessor
 
   using Grid = device::WarpGrid<kTileM, kTileN, kWarps>;
   using Sum = typename Grid::Sum;

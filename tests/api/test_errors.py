@@ -87,12 +87,24 @@ def test_mixed_dtypes(device: str, odd: int) -> None:
 
 
 @pytest.mark.gpu
-def test_float32_on_cuda_names_the_dtypes_that_work() -> None:
-    x = _tensor(*Q, device="cuda")
+def test_float64_on_cuda_names_the_dtypes_that_work() -> None:
+    x = _tensor(*Q, dtype=torch.float64, device="cuda")
     with pytest.raises(
-        TypeError, match=r"expected bfloat16 or float16 on CUDA, got float32; .*autocast"
+        TypeError, match=r"expected bfloat16, float16 or float32 on CUDA, got float64; .*autocast"
     ):
         flash_attn_func(x, x, x)
+
+
+@pytest.mark.gpu
+def test_float32_on_cuda_has_a_limit_of_its_own() -> None:
+    x = _tensor(1, 8, 1, 257, device="cuda")
+    with pytest.raises(ValueError, match=r"head_dim .* at most 256 in float32 on CUDA, got 257"):
+        flash_attn_func(x, x, x)
+
+
+@pytest.mark.gpu
+def test_autocast_on_cuda_casts_float32() -> None:
+    x = _tensor(*Q, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         assert flash_attn_func(x, x, x).dtype == torch.bfloat16
 
@@ -443,4 +455,4 @@ def test_bwd_checks_each_tensor(name: str, fault: str) -> None:
     # A wrong q or v is told by what no longer fits it.
     blamed = {"q": r"(q|k|dout|out|softmax_lse)", "v": r"(v|dout)"}.get(name, name)
     with pytest.raises(RuntimeError, match=rf"^(ValueError|TypeError): {blamed}: expected"):
-        torch.ops.flash_attn_cuda.bwd(*arguments.values(), 0.25, -1, -1, False)
+        torch.ops.flash_attn_cuda.bwd(*arguments.values(), 0.25, -1, -1, False, False)

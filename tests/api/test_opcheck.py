@@ -30,12 +30,12 @@ CASES = [
 ]
 FWD_SCHEMA = (
     "flash_attn_cuda::fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, SymInt window_left, "
-    "SymInt window_right, bool deterministic) -> (Tensor out, Tensor softmax_lse)"
+    "SymInt window_right, bool deterministic, bool allow_tf32) -> (Tensor out, Tensor softmax_lse)"
 )
 BWD_SCHEMA = (
     "flash_attn_cuda::bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor softmax_lse, float? softmax_scale, SymInt window_left, SymInt window_right, "
-    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "bool deterministic, bool allow_tf32) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 GENERAL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
@@ -49,10 +49,10 @@ def test_schema() -> None:
     ops = torch.ops.flash_attn_cuda
     fwd_general = FWD_SCHEMA.replace("float? softmax_scale", GENERAL)
     bwd_general = BWD_SCHEMA.replace("float? softmax_scale", GENERAL)
-    fwd_general = fwd_general.replace("deterministic)", "deterministic, bool needs_max_logit)")
+    fwd_general = fwd_general.replace("allow_tf32)", "allow_tf32, bool needs_max_logit)")
     fwd_general = fwd_general.replace("softmax_lse)", "softmax_lse, Tensor max_logit)")
     needs = "bool needs_dbias, bool needs_dslopes, bool needs_dsinks"
-    bwd_general = bwd_general.replace("deterministic)", f"deterministic, {needs})")
+    bwd_general = bwd_general.replace("allow_tf32)", f"allow_tf32, {needs})")
     gradients = "Tensor dbias, Tensor dslopes, Tensor dsinks"
     bwd_general = bwd_general.replace("Tensor dv)", f"Tensor dv, {gradients})")
     for suffix in ("_general", "_general_eager"):
@@ -158,7 +158,7 @@ def _general_arguments(name: str, device: str) -> tuple[list[torch.Tensor], list
     for index in (4, 10, 11):
         if tensors[index] is not None:
             tensors[index] = tensors[index].clone().requires_grad_()
-    return qkv, [*tensors, softcap, dropout_p, 0.3, -1, 5, True]
+    return qkv, [*tensors, softcap, dropout_p, 0.3, -1, 5, True, False]
 
 
 @pytest.mark.parametrize("name", GENERAL_TENSORS)
@@ -185,9 +185,9 @@ def test_bwd_general(device: str, name: str, needs_gradients: bool) -> None:
     torch.library.opcheck(torch.ops.flash_attn_cuda.bwd_general.default, (*arguments, *needs))
 
 
-def _options(case: Case) -> tuple[float, int, int, bool]:
+def _options(case: Case) -> tuple[float, int, int, bool, bool]:
     left, right = case.window
-    return case.scale, left, 0 if case.causal else right, case.deterministic
+    return case.scale, left, 0 if case.causal else right, case.deterministic, False
 
 
 def _bwd_arguments(case: Case) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 // The blocks of csrc/device and csrc/ptx under sm80, each against a loop on the host. Prints a line
 // per check; returns 0 if all hold, 1 if one does not, 77 without a GPU.
 #include <cstdio>
+#include <random>
 #include <string>
 #include <type_traits>
 
@@ -113,6 +114,41 @@ void test_products() {
   test_product<Element, Product::kAbt, kRows, kCols, kDepth, kWarps>();
   test_product<Element, Product::kAb, kRows, kCols, kDepth, kWarps>();
   test_product<Element, Product::kAtb, kRows, kCols, kDepth, kWarps>();
+}
+
+// The exactness of products with all bits of the factors, and of those that round them: an error
+// relative to the sum of magnitudes.
+template <typename Element>
+void test_exactness(const char* name, double bound) {
+  constexpr int kRows = 64;
+  constexpr int kCols = 64;
+  constexpr int kDepth = 256;
+  using Plan = Operands<Element, Product::kAbt, kRows, kCols, kDepth>;
+  Managed<Element> a(kRows * kDepth);
+  Managed<Element> b(kDepth * kCols);
+  Managed<float> led(kRows * kCols);
+  Managed<float> copies(kRows * kCols);
+  Managed<int> leaders(1);
+  std::mt19937 generator(7);
+  std::uniform_real_distribution<float> uniform(0.5f, 2.0f);  // sums only grow
+  for (Managed<Element>* operand : {&a, &b}) {
+    for (size_t i = 0; i < operand->size; ++i) {
+      (*operand)[i] = static_cast<Element>(uniform(generator));
+    }
+  }
+  run<product_kernel<Element, Product::kAbt, kRows, kCols, kDepth, 4>>(
+      1, 128, sizeof(Plan), a.data, b.data, led.data, copies.data, leaders.data);
+  expect(
+      std::string("exactness of ") + name, kRows, kCols, bound,
+      [&](int row, int col) {
+        double sum = 1;
+        for (int k = 0; k < kDepth; ++k) {
+          sum += static_cast<double>(static_cast<float>(a[Plan::index_a(row, k)])) *
+                 static_cast<float>(b[Plan::index_b(k, col)]);
+        }
+        return led[row * kCols + col] / sum - 1;
+      },
+      [](int, int) { return 0; });
 }
 
 FA_DEVICE float pattern(int row, int col) { return static_cast<float>((5 * row + 3 * col) % 101); }
@@ -290,11 +326,18 @@ void test_all() {
   test_offsets<32, 96>();
   test_offsets<32, 80>();
   test_offsets<16, 16>();
+  test_offsets<64, 128, float>();
+  test_offsets<32, 48, float>();
+  test_offsets<16, 16, float>();
   test_lanes_of<64, 128>({{0, 0, 0, 0}, {16, 0, 32, 48}, {8, 16, 40, 96}});
   test_lanes_of<32, 96>({{0, 0, 0, 0}, {16, 16, 0, 64}, {8, 64, 8, 16}});
   test_lanes_of<32, 48>({{0, 0, 0, 0}, {16, 0, 0, 32}, {0, 16, 16, 0}});
   test_element<__nv_bfloat16>("bfloat16");
   test_element<__half>("float16");
+  test_element<float>("float32");
+  test_element<ptx::Tf32>("tf32");
+  test_exactness<float>("float32", 0x1p-21);
+  test_exactness<ptx::Tf32>("tf32", 0x1p-12);  // of roundings up and down, little is left
   test_masks();
   test_softmax_of_any_scores();
   test_softmax_slack();

@@ -17,6 +17,7 @@ from tests.support.families import only
 SHARED_MEMORY = (99 * 1024, 163 * 1024, 227 * 1024)
 ARCHITECTURES = flash_attn_cuda.build_info()["architectures"]
 HOPPER = 90
+LARGEST_HEAD_DIM = {"bfloat16": 512, "float16": 512, "float32": 256, "tf32": 256}  # on CUDA
 # Devices that the build has code for: it may be for one kind of GPU alone.
 CAPABILITIES = [n for n in (80, 86, 89, HOPPER, 100, 120) if _C.runs_on(ARCHITECTURES, n)]
 needs_cuda_build = pytest.mark.skipif(not ARCHITECTURES, reason="this build has no CUDA kernels")
@@ -57,6 +58,9 @@ def decide(**changes: Any) -> dict[str, Any]:
         ({"head_dim": 256}, "flash_fwd_sm80_bfloat16_d256"),
         ({"head_dim": 257}, "flash_fwd_sm80_bfloat16_d512"),
         ({"dtype": "float16"}, "flash_fwd_sm80_float16_d128"),
+        ({"dtype": "float32"}, "flash_fwd_sm80_float32_d128"),
+        ({"dtype": "tf32", "head_dim": 129}, "flash_fwd_sm80_tf32_d256"),
+        ({"dtype": "float32", "pass_name": "bwd"}, "flash_bwd_sm80_float32_d128"),
         ({"pass_name": "bwd"}, "flash_bwd_sm80_bfloat16_d128"),
         ({"pass_name": "bwd", "window_right": 0}, "flash_bwd_sm80_bfloat16_d128"),
         ({"on_cuda": False}, "flash_fwd_cpu_bfloat16_d512"),
@@ -83,6 +87,7 @@ def test_documented_choices(changes: dict[str, Any], kernel: str) -> None:
         ({"pass_name": "bwd", "head_dim": 256}, "flash_bwd_sm90_bfloat16_d256"),
         ({"pass_name": "bwd", "head_dim": 257}, "flash_bwd_sm80_bfloat16_d512"),
         ({"smem_opt_in": 99 * 1024}, "flash_fwd_sm80_bfloat16_d128"),
+        ({"dtype": "float32"}, "flash_fwd_sm80_float32_d128"),
     ],
 )
 def test_hopper_prefers_its_own_kernels(changes: dict[str, Any], kernel: str) -> None:
@@ -115,7 +120,7 @@ def test_a_test_can_leave_out_the_other_families(family: str) -> None:
     [
         (
             {"on_cuda": False, "head_dim": 513},
-            "ValueError: head_dim of q, k, v: expected at most 512 on the CPU, got 513",
+            "ValueError: head_dim of q, k, v: expected at most 512 in bfloat16 on the CPU, got 513",
         ),
         pytest.param(
             {"compute_capability": 75},
@@ -123,15 +128,24 @@ def test_a_test_can_leave_out_the_other_families(family: str) -> None:
             marks=needs_cuda_build,
         ),
         pytest.param(
-            {"dtype": "float32"},
-            "TypeError: q, k, v: expected bfloat16 or float16 on CUDA, got float32; cast them or "
-            "call under torch.autocast",
+            {"dtype": "float64"},
+            "TypeError: q, k, v: expected bfloat16, float16 or float32 on CUDA, got float64; cast "
+            "them or call under torch.autocast",
             marks=needs_cuda_build,
         ),
         pytest.param(
             {"head_dim": 513},
-            "ValueError: head_dim of q, k, v: expected at most 512 on CUDA, got 513",
+            "ValueError: head_dim of q, k, v: expected at most 512 in bfloat16 on CUDA, got 513",
             marks=needs_cuda_build,
+        ),
+        *(
+            pytest.param(
+                {"dtype": dtype, "head_dim": 257, "pass_name": pass_name},
+                "ValueError: head_dim of q, k, v: expected at most 256 in float32 on CUDA, got 257",
+                marks=needs_cuda_build,
+            )
+            for dtype in ("float32", "tf32")
+            for pass_name in ("fwd", "bwd")
         ),
         pytest.param(
             {"smem_opt_in": 16 * 1024},
@@ -161,8 +175,9 @@ def test_every_size_of_shared_memory_runs_every_problem_and_every_built_row_is_c
         devices.append((HOPPER, SHARED_MEMORY[-1], ""))
     for compute_capability, smem_opt_in, family in devices:
         for pass_name in ("fwd", "bwd"):
-            for dtype in ("bfloat16", "float16"):
-                for head_dim, general_scores in itertools.product(range(1, 513), (False, True)):
+            for dtype, largest in LARGEST_HEAD_DIM.items():
+                head_dims = range(1, largest + 1)
+                for head_dim, general_scores in itertools.product(head_dims, (False, True)):
                     with only(family):
                         decision = decide(
                             pass_name=pass_name,

@@ -20,6 +20,7 @@ using namespace fa::table;  // kSm80, kForward, kBFloat16, kWindow, ...
 constexpr int64_t kSmemOptIns[] = {99 * 1024, 163 * 1024, 227 * 1024};
 
 constexpr int kLargestHeadDim = 512;
+constexpr int kLargestFloat32HeadDim = 256;  // of sm80
 
 // With kernels for Hopper alone.
 constexpr int kLargestHeadDimOfHopper = 256;
@@ -68,6 +69,10 @@ void check_choices() {
           for (const int64_t smem_opt_in : kSmemOptIns) {
             check({kSm80, pass, kBFloat16, head_dim, full_mask, score, smem_opt_in});
             check({kSm80, pass, kFloat16, head_dim, full_mask, score, smem_opt_in});
+            if (head_dim <= kLargestFloat32HeadDim) {
+              check({kSm80, pass, kFloat32, head_dim, full_mask, score, smem_opt_in});
+              check({kSm80, pass, kTf32, head_dim, full_mask, score, smem_opt_in});
+            }
           }
           for (const Dtype dtype : {kFloat64, kFloat32, kFloat16, kBFloat16}) {
             check({kCpu, pass, dtype, head_dim, full_mask, score, 0});
@@ -105,7 +110,7 @@ void check_each_row() {
     FA_EXPECT(row.blocks >= 1, name);
     FA_EXPECT(32 <= row.threads() && row.threads() <= 1024, name, "has threads", row.threads());
     FA_EXPECT(row.head_dim % 16 == 0, name, "feeds the tensor cores 16 elements at a time");
-    FA_EXPECT(row.dtype == kFloat16 || row.dtype == kBFloat16, name);
+    FA_EXPECT(bytes_of(row.dtype) == 2 || row.family == kSm80, name);
   }
   FA_EXPECT_EQ(static_cast<int>(names.size()), kNumRows);
   KernelConfig row = {kSm80, kBackward, kFloat16, 96, kWindow, kPlain, 64, 128, 8, 1};
@@ -122,6 +127,9 @@ void check_fits() {
   const int64_t bytes = row.smem_bytes();
   FA_EXPECT_EQ(bytes, (128 + 4 * 64) * 64 * 2);
   FA_EXPECT(row.fits(bytes) && !row.fits(bytes - 1));
+  row.dtype = kTf32;
+  FA_EXPECT_EQ(row.smem_bytes(), 2 * bytes, "elements of 32 bits");
+  row.dtype = kBFloat16;
   row.blocks = 2;
   FA_EXPECT(row.fits(2 * bytes + 1024) && !row.fits(2 * bytes + 1023));
 }

@@ -117,13 +117,26 @@ void compare(const KernelConfig& config, const Case& test, const std::string& na
   }
 }
 
+// What is left of errors of scores, which are proportional to them: with float32 inputs they show,
+// since products are as exact as float32 or round their factors; 16-bit factors are exact.
+double lse_bound(const KernelConfig& config, const Case& test, double lse) {
+  switch (config.dtype) {
+    case Dtype::kFloat32:
+      return 1e-5 * test.magnitude + 1e-6 * std::abs(lse);
+    case Dtype::kTf32:
+      return 4e-3 * test.magnitude + 1e-3 * std::abs(lse);
+    default:
+      return 1e-4 + 1e-5 * std::abs(lse);
+  }
+}
+
 void compare_lse(const KernelConfig& config, const Case& test, const DeviceTensor<float>& lse,
                  const std::vector<double>& expected) {
   ++g_checks;
   const std::vector<float> downloaded = lse.download();
   for (size_t i = 0; i < expected.size(); ++i) {
     const double actual = downloaded[lse.placement().elements[i]];
-    const double bound = 1e-4 + 1e-5 * std::abs(expected[i]);
+    const double bound = lse_bound(config, test, expected[i]);
     if (!(actual == expected[i] || std::abs(actual - expected[i]) <= bound)) {
       fail(config, test,
            concat("lse of row and head ", i, " is ", actual, " instead of ", expected[i]));
@@ -164,10 +177,23 @@ void compare_max_logit(const KernelConfig& config, const Case& test,
   }
 }
 
-constexpr double kBFloat16Bound = 1e-2;
+// Of results of a dtype, and of products of such factors: inputs of 16 bits are exact ones.
+double bound_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return 1e-2;
+    case Dtype::kTf32:
+      return 5e-3;
+    case Dtype::kFloat32:
+      return 3e-6;
+    default:
+      return 2e-3;
+  }
+}
 
-double bound_of(const KernelConfig& config) {
-  return config.dtype == Dtype::kBFloat16 ? kBFloat16Bound : 2e-3;
+double bound_of(const KernelConfig& config, const Case& test) {
+  const bool scores_err = tensor_dtype(config.dtype) == Dtype::kFloat32;  // as of lse_bound()
+  return bound_of(config.dtype) * (scores_err ? test.magnitude : 1.0);
 }
 
 template <typename Element>
@@ -189,7 +215,7 @@ void run_forward(int row, const Problem<Element>& problem) {
   registry().kernels[row].forward(params, {});
   wait_for(config, problem.test);
   compare(config, problem.test, "out", out, problem.expected.out, problem.shape.head_dim_v,
-          bound_of(config));
+          bound_of(config, problem.test));
   if (!map.guards_hold() || !pair_bits.guards_hold() || !max_logit.guards_hold()) {
     fail(config, problem.test, "tile map, pair bits or largest scores: wrote outside");
   }
@@ -278,7 +304,7 @@ class BackwardTest {
       dq = repeated;
     }
     const std::string mode = deterministic ? " (deterministic)" : "";
-    const double bound = bound_of(config()) * test().gradient_slack;
+    const double bound = bound_of(config(), test()) * test().gradient_slack;
     const Reference& expected = problem_.expected;
     compare(config(), test(), "dq" + mode, dq_, expected.dq, shape.head_dim, bound);
     compare(config(), test(), "dk" + mode, dk_, expected.dk, shape.head_dim, bound);
@@ -325,9 +351,7 @@ class BackwardTest {
         gaps_hold &= std::all_of(entry, entry + size, [](int byte) { return byte == kPoison; });
       }
     }
-    if (problem_.rules.dtype_of_bias() == Dtype::kBFloat16) {
-      bound = std::max(bound, kBFloat16Bound);
-    }
+    bound = std::max(bound, bound_of(problem_.rules.dtype_of_bias()));
     const Errors errors = errors_of(actual, expected, 1);
     if (!(errors.typical < bound && errors.largest < kLargest * bound)) {
       fail(config(), test(),
@@ -377,11 +401,11 @@ std::vector<int> select_rows(const Options& options, const CudaDevice& device) {
   return rows;
 }
 
-// Every head_dim of the CUDA families, ascending.
-std::vector<int> head_dims() {
+// Every head_dim of the CUDA families for tensors of as many bits, ascending.
+std::vector<int> head_dims(Dtype dtype) {
   std::vector<int> result;
   for (const KernelConfig& config : table::kRows) {
-    if (config.family != Family::kCpu) {
+    if (config.family != Family::kCpu && bytes_of(config.dtype) == bytes_of(dtype)) {
       result.push_back(config.head_dim);
     }
   }
@@ -392,7 +416,7 @@ std::vector<int> head_dims() {
 
 bool runs(const KernelConfig& config, const Case& test) {
   const Shape& shape = test.shape;
-  const std::vector<int> all = head_dims();
+  const std::vector<int> all = head_dims(config.dtype);
   const int head_dim = std::max(shape.head_dim, shape.head_dim_v);
   const auto nearest = std::lower_bound(all.begin(), all.end(), head_dim);
   const bool full = (test.left < 0 && test.right < 0);
@@ -408,12 +432,16 @@ bool runs(const KernelConfig& config, const Case& test) {
 }
 
 template <typename Element>
-void run_case(const std::vector<int>& rows, const Case& test) {
-  constexpr Dtype kDtype =
-      std::is_same_v<Element, __nv_bfloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
+constexpr Dtype kDtypeOf = std::is_same_v<Element, __nv_bfloat16> ? Dtype::kBFloat16
+                           : std::is_same_v<Element, __half>      ? Dtype::kFloat16
+                                                                  : Dtype::kFloat32;
+
+template <typename Element>
+void run_problem(const std::vector<int>& rows, const Case& test) {
   std::vector<int> chosen;
   for (const int row : rows) {
-    if (table::kRows[row].dtype == kDtype && runs(table::kRows[row], test)) {
+    if (tensor_dtype(table::kRows[row].dtype) == kDtypeOf<Element> &&
+        runs(table::kRows[row], test)) {
       chosen.push_back(row);
     }
   }
@@ -430,15 +458,22 @@ void run_case(const std::vector<int>& rows, const Case& test) {
   }
 }
 
-void run_case(const std::vector<int>& rows, Case test) {
+template <typename Element>
+void run_dtype(const std::vector<int>& rows, Case test) {
   const bool of_row = test.shape.head_dim == kOfRow;
   const int head_dim_v = test.shape.head_dim_v;
-  for (const int head_dim : of_row ? head_dims() : std::vector<int>{test.shape.head_dim}) {
+  for (const int head_dim :
+       of_row ? head_dims(kDtypeOf<Element>) : std::vector<int>{test.shape.head_dim}) {
     test.shape.head_dim = head_dim;
     test.shape.head_dim_v = head_dim_v == 0 ? head_dim : head_dim_v;
-    run_case<__nv_bfloat16>(rows, test);
-    run_case<__half>(rows, test);
+    run_problem<Element>(rows, test);
   }
+}
+
+void run_case(const std::vector<int>& rows, const Case& test) {
+  run_dtype<__nv_bfloat16>(rows, test);
+  run_dtype<__half>(rows, test);
+  run_dtype<float>(rows, test);
 }
 
 void run(const Options& options) {

@@ -72,6 +72,8 @@ def test_copies_on_the_cpu() -> None:
         ({"strides": (7, 1024, 64, 1), "sizes": (1, 128, 16, 64)}, None),  # of a size of 1
         ({"sizes": (2, 128, 16, 60)}, "its head_dim is not a multiple of 8"),
         ({"sizes": (2, 128, 16, 1)}, "its head_dim is not a multiple of 8"),
+        ({"sizes": (2, 128, 16, 60), "element_bytes": 4}, None),
+        ({"sizes": (2, 128, 16, 62), "element_bytes": 4}, "its head_dim is not a multiple of 4"),
         ({"strides": (131072, 1024, 64, 2)}, "its head_dim is not contiguous"),
         ({"address": 8}, "its address is not a multiple of 16 bytes"),
         ({"strides": (131072, 1028, 64, 1)}, "its strides are not multiples of 16 bytes"),

@@ -16,7 +16,8 @@ from torch import Tensor
 from tests.support.poison import Embedded, embed
 from tests.support.rules import Packing, Rules, draw_rules, lay_out_rule, visibility
 
-# What the CUDA kernels take instead of each dtype.
+# What cases run in on CUDA instead of each dtype: what most kernels are for. float32 there has
+# tests of its own (tests/kernels/test_float32.py).
 CUDA_DTYPES = {
     "float64": "float16",
     "float32": "bfloat16",
@@ -63,6 +64,7 @@ class Case:
     dropout: float = 0.0
     max_logit: bool = False
     rule_layout: str = "plain"  # of all these tensors; one of rules.RULE_LAYOUTS
+    tf32: bool = False  # does torch allow it? In float32 on CUDA
     seed: int = 0
     device: str = "cpu"
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,14 @@ class Arithmetic:
     tiny: what a value of the storage dtype can lose where it underflows.
     flush: the same in the compute precision, for P and the sums of dq: on the GPU exp2 flushes
         subnormal numbers to 0, and so do additions to memory.
+    factors: what products lose, relative to the product, where both factors are rounded.
     """
 
     compute: float
     storage: float
     tiny: float
     flush: float = 2.0**-126
+    factors: float = 0.0
 
 
 _FLOAT32 = 2.0**-24
@@ -66,6 +68,10 @@ ARITHMETIC = {
         compute=2 * _FLOAT64, storage=2 * _FLOAT64, tiny=2.0**-1000, flush=2.0**-1022
     ),
 }
+
+# float32 whose factors tensor cores take as TF32. Split into two TF32 parts each, they lose a few
+# roundoffs of float32 at worst, which the constants below have room for.
+TF32 = Arithmetic(compute=_FLOAT32, storage=_FLOAT32, tiny=2.0**-126, factors=2.0**-10)
 
 # The constants of the bound, in unit roundoffs. They are reasoned, and then measured: over
 # thousands of problems, `python -m tests.calibrate_error_bound` takes the ratio |error| / bound of
@@ -175,6 +181,7 @@ def expected_with_bounds(
     max_logit: bool = False,
     constants: Constants = CONSTANTS,
     max_scores: int = MAX_SCORES,
+    tf32: bool = False,
     **visibility: Any,
 ) -> Expected:
     """out, lse and, if asked for, max_logit, and with dout dq, dk, dv and, where there is something
@@ -184,16 +191,16 @@ def expected_with_bounds(
     with head_dim_v; dout: (batch, seqlen_q, heads, head_dim_v); dlse: (batch, heads, seqlen_q);
     attn_bias, softcap, alibi_slopes, sinks, dropout_p, kept and `visibility`: as for
     `attention_ref`. Results have the layout of the operator's
-    results. Queries are taken in parts of at most max_scores scores.
+    results. Queries are taken in parts of at most max_scores scores. tf32: as of Case.
     """
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, group = k.shape[1], heads // k.shape[2]
-    arithmetic = ARITHMETIC[q.dtype]
+    arithmetic = TF32 if tf32 else ARITHMETIC[q.dtype]
     eps, tiny = arithmetic.compute, arithmetic.tiny
-    u_operand = constants.operand * arithmetic.storage
+    u_operand = constants.operand * arithmetic.storage + arithmetic.factors
     u_result = constants.result * arithmetic.storage
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    gamma, gamma_v = (eps * constants.of_dot(x.shape[3]) for x in (k, v))
+    gamma, gamma_v = (eps * constants.of_dot(x.shape[3]) + arithmetic.factors for x in (k, v))
     exp_error = eps * constants.exp
     # (batch or 1, heads or 1, seqlen_q, seqlen_k)
     mask = visible_pairs(seqlen_q, seqlen_k, device=q.device, **visibility)
@@ -408,6 +415,7 @@ def expected_of(
         kept=kept_of(case),
         max_logit=case.max_logit,
         constants=constants,
+        tf32=case.tf32,
         **case.mask_arguments,
         **inputs.visibility,
     )
@@ -485,6 +493,17 @@ class Results:
     max_logit: Tensor | None = None
 
 
+@contextmanager
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    """Inside, torch allows TF32 or not."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def run(case: Case, inputs: Inputs, *, backward: bool, poisoned: bool = True) -> Results:
     """The package's results, computed in memory that was NaN before if `poisoned`."""
     leaves = [x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]
@@ -506,7 +525,7 @@ def run(case: Case, inputs: Inputs, *, backward: bool, poisoned: bool = True) ->
         arguments["softcap"] = case.softcap
     if case.dropout != 0.0:
         arguments |= {"dropout_p": case.dropout, "generator": dropout_generator(case)}
-    with poisoned_allocations() if poisoned else nullcontext():
+    with allowing_tf32(case.tf32), poisoned_allocations() if poisoned else nullcontext():
         out, lse, *more = function(
             *leaves[:3],
             deterministic=case.deterministic,

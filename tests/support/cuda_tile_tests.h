@@ -8,6 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/convert.cuh"
@@ -16,9 +17,9 @@
 namespace fa::test {
 
 // What the layout promises, all of which the host can tell.
-template <int kRows, int kCols>
+template <int kRows, int kCols, typename Element = __half>
 void test_offsets() {
-  using Tile = device::SmemTile<__half, kRows, kCols>;
+  using Tile = device::SmemTile<Element, kRows, kCols>;
   constexpr int kUnit = Tile::kUnitElements;
   int wrong = 0;
   std::vector<int> seen(kRows * kCols);
@@ -42,6 +43,21 @@ void test_offsets() {
     }
   }
   report("SmemTile::offset, banks " + shape_name(kRows, kCols), wrong, kRows * kCols / 64);
+
+  if constexpr (Tile::kIsWide && Tile::kUnitsPerLine == Tile::kBankGroups) {
+    // 8 columns of 4 rows, next to each other or every second one.
+    wrong = 0;
+    for (const auto [first, distance] : {std::pair(0, 1), {4, 1}, {0, 2}, {1, 2}}) {
+      for (int col = 0; col < kCols; col += 8) {
+        uint32_t banks = 0;
+        for (int i = 0; i < 32; ++i) {
+          banks |= 1u << Tile::offset(first + i / 8 * distance, col + i % 8) % 32;
+        }
+        wrong += banks != ~0u;
+      }
+    }
+    report("SmemTile::offset, banks of words " + shape_name(kRows, kCols), wrong, kCols / 8 * 4);
+  }
 
   wrong = 0;
   int steps = 0;

@@ -21,6 +21,7 @@ DEVICES = {
     "cpu": "every x86-64 and aarch64",
 }
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+SHORT["tf32"] = SHORT["float32"]  # of the same tensors
 PASSES = {"fwd": "forward", "bwd": "backward"}
 # Shared memory of a block, in KiB, and the compute capabilities that have it.
 MEMORY = {99: "8.6, 8.9, 12.0", 163: "8.0, 8.7", 227: "10.0"}
@@ -41,10 +42,20 @@ def table(header: list[str], body: list[list[str]]) -> str:
     return "\n".join([header_line, rule, *lines])
 
 
+def largest_of(rows: list[Row]) -> str:
+    """The largest head_dim of such rows, and of dtypes that have a smaller one."""
+    of_dtype: dict[str, int] = {}
+    for row in rows:
+        dtype = SHORT[row["dtype"]]
+        of_dtype[dtype] = max(of_dtype.get(dtype, 0), row["head_dim"])
+    most = max(of_dtype.values(), default=0)
+    others = join(f"{dtype} {n}" for dtype, n in of_dtype.items() if n != most)
+    return f"{most} ({others})" if others else str(most or "-")
+
+
 def what_runs(rows: list[Row]) -> tuple[str, str]:
     """The dtypes and head dimensions of a family's rows of one pass."""
-    dtypes = join(SHORT[row["dtype"]] for row in rows)
-    return dtypes, f"1 to {max(row['head_dim'] for row in rows)}"
+    return join(SHORT[row["dtype"]] for row in rows), f"1 to {largest_of(rows)}"
 
 
 def families(kernels: list[Row]) -> str:
@@ -63,12 +74,9 @@ def features(kernels: list[Row]) -> str:
     """Those that the same rows run share a line."""
 
     def largest(feature: Feature, family: str, pass_name: str) -> str:
-        """The head_dim up to which a pass of a family does it, in every dtype that it has."""
+        """The head_dim up to which a pass of a family does it."""
         rows = [row for row in kernels if (row["family"], row["pass"]) == (family, pass_name)]
-        of_dtype = {row["dtype"]: 0 for row in rows}
-        for row in filter(feature.runs, rows):
-            of_dtype[row["dtype"]] = max(of_dtype[row["dtype"]], row["head_dim"])
-        return str(min(of_dtype.values(), default=0) or "-")
+        return largest_of(list(filter(feature.runs, rows)))
 
     columns = [(family, pass_name) for family in DEVICES for pass_name in PASSES]
     lines: dict[tuple[str, ...], list[str]] = {}
@@ -142,7 +150,7 @@ By feature, the largest head_dim that runs it. On Hopper sm80 runs what sm90 doe
 
 {features(kernels)}
 
-On CUDA, without biases and masks, in tiles (queries x keys) by the shared memory of a block:
+On CUDA, 16-bit without bias and mask, in tiles (queries x keys) by the shared memory of a block:
 {memory}; and on Hopper (9.0, 227 KiB), which prefers sm90.
 
 {tiles(kernels)}"""
