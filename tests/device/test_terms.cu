@@ -199,12 +199,12 @@ void test_sinks() {
       [](int, int) { return 0; });
   expect(
       "sinks, normalizer", count, 1, 1e-5,
-      [&](int i, int) { return normalizer[i] * std::max(sums[i], 1.0f); },
+      [&](int i, int) { return normalizer[i] * std::max(sums[i], 1e-3f); },
       [&](int i, int) {
         const double largest = std::max(max[i], sinks[i]);
         const double share = sums[i] == 0 ? 0.0 : std::exp(max[i] - largest);
         const double sum = sums[i] * share + std::exp(sinks[i] - largest);
-        return share == 0 ? 0.0 : share / sum * std::max(sums[i], 1.0f);
+        return share == 0 ? 0.0 : share / sum * std::max(sums[i], 1e-3f);
       });
 }
 

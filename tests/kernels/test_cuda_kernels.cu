@@ -183,9 +183,9 @@ double bound_of(Dtype dtype) {
     case Dtype::kBFloat16:
       return 1e-2;
     case Dtype::kTf32:
-      return 5e-3;
+      return 1e-2;
     case Dtype::kFloat32:
-      return 3e-6;
+      return 6e-6;
     default:
       return 2e-3;
   }

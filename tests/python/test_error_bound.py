@@ -275,6 +275,15 @@ def test_error_ratio() -> None:
     assert ratio.tolist() == [0.5, 0.0, 0.0, inf, inf, inf, 0.0, inf]
 
 
+def test_what_a_dtype_cannot_hold_may_be_infinite() -> None:
+    inf = math.inf
+    actual = torch.tensor([inf, inf, inf, -inf, -inf, 65504.0], dtype=torch.float16)
+    expected = torch.tensor([7e4, 65000.0, 65000.0, -7e4, 7e4, 7e4]).double()
+    bound = torch.tensor([1.0, 600.0, 400.0, 1.0, 1.0, 1.0]).double()
+    ratio = error_ratio(actual, expected, bound)
+    assert ratio.tolist() == [0.0, 0.0, inf, 0.0, inf, 4496.0]
+
+
 def test_the_calibration_writes_its_ratios(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

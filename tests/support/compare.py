@@ -446,11 +446,14 @@ def kept_of(case: Case) -> Tensor | None:
 
 
 def error_ratio(actual: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
-    """|error| / bound, element by element: inf for a NaN, or where there must be no error."""
+    """|error| / bound, element by element: inf for a NaN, or where there must be no error; 0 where
+    what is within the bound is too large for the dtype of `actual`, and that is infinite."""
+    largest = torch.finfo(actual.dtype).max
     actual = actual.detach().double()
     ratio = (actual - expected).abs() / bound
     ratio = ratio.nan_to_num(nan=math.inf, posinf=math.inf)
-    return ratio.masked_fill(actual == expected, 0.0)  # infinities too
+    overflows = actual.isinf() & (actual.sign() * expected + bound > largest)
+    return ratio.masked_fill((actual == expected) | overflows, 0.0)  # infinities too
 
 
 def assert_within_bound(
