@@ -81,7 +81,8 @@ Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const Wind
           .head_dim = std::max(shape.head_dim, shape.head_dim_v),
           .full_mask = window.is_full(),
           .general_scores = rules.any(),
-          .score_terms = rules.terms.need_general_row(),
+          .softcap = rules.terms.softcap != 0,
+          .dropout = rules.terms.dropout.any(),
           .on_cuda = q.device.is_cuda(),
           .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
 }

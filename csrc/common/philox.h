@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/types.h"
 
@@ -27,6 +28,18 @@ struct PhiloxKey {
 // Seven rounds pass every test of BigCrush (section 5.2 there); ten are its authors' default.
 inline constexpr int kDropoutRounds = 7;
 
+// The product of 64 bits. In CUDA C++ it would be one of 64-bit factors, with their upper halves.
+FA_HOST_DEVICE constexpr uint64_t multiply_wide(uint32_t x, uint32_t y) {
+#ifdef __CUDA_ARCH__
+  if (!std::is_constant_evaluated()) {
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
+    return product;
+  }
+#endif
+  return uint64_t{x} * y;
+}
+
 template <int kRounds>
 FA_HOST_DEVICE constexpr PhiloxCounter philox(PhiloxCounter counter, PhiloxKey key) {
   constexpr uint32_t kMultiplierX = 0xD2511F53;
@@ -34,8 +47,8 @@ FA_HOST_DEVICE constexpr PhiloxCounter philox(PhiloxCounter counter, PhiloxKey k
   constexpr uint32_t kWeylX = 0x9E3779B9;  // the golden ratio
   constexpr uint32_t kWeylY = 0xBB67AE85;  // sqrt(3) - 1
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t x = uint64_t{kMultiplierX} * counter.x;
-    const uint64_t z = uint64_t{kMultiplierZ} * counter.z;
+    const uint64_t x = multiply_wide(kMultiplierX, counter.x);
+    const uint64_t z = multiply_wide(kMultiplierZ, counter.z);
     counter = {static_cast<uint32_t>(z >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(z),
                static_cast<uint32_t>(x >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(x)};
     key = {key.x + kWeylX, key.y + kWeylY};
@@ -94,12 +107,19 @@ class DropoutOfHead {
 
   // The patch that a pair is of.
   FA_HOST_DEVICE constexpr DropoutPatch patch(int query, int key) const {
-    return {philox<kDropoutRounds>({static_cast<uint32_t>(query / 16 * 8 + query % 8),
-                                    static_cast<uint32_t>(key / 32 * 8 + key % 8), head_, offset_},
-                                   key_)};
+    const auto i = static_cast<uint32_t>(query);
+    const auto j = static_cast<uint32_t>(key);
+    return {philox<kDropoutRounds>({i / 16 * 8 + i % 8, j / 32 * 8 + j % 8, head_, offset_}, key_)};
   }
 
   FA_HOST_DEVICE constexpr uint32_t threshold() const { return threshold_; }
+
+  FA_HOST_DEVICE constexpr const PhiloxKey& key() const { return key_; }
+  FA_HOST_DEVICE constexpr DropoutOfHead with_key(const PhiloxKey& key) const {
+    DropoutOfHead other = *this;
+    other.key_ = key;
+    return other;
+  }
 
   FA_HOST_DEVICE constexpr bool keeps(const DropoutPatch& patch, int half) const {
     return patch.value(half) < threshold_;

@@ -37,8 +37,6 @@ struct ScoreTerms {
   // begin with; null: nobody asks.
   HeadValues max_logit = {};
 
-  // Whether there are those that rows of rules alone do not have.
-  FA_HOST_DEVICE constexpr bool need_general_row() const { return softcap != 0 || dropout.any(); }
   FA_HOST_DEVICE constexpr bool any() const {
     return softcap != 0 || alibi.data != nullptr || sinks.data != nullptr || dropout.any() ||
            max_logit.data != nullptr;

@@ -98,8 +98,10 @@ struct KernelConfig {
     return family == Family::kSm90 && score != ScoreMode::kPlain;
   }
 
-  // Whether its kernel has softcap and dropout.
-  constexpr bool has_score_terms() const { return score == ScoreMode::kGeneral; }
+  constexpr bool has_softcap() const { return score == ScoreMode::kGeneral; }
+  constexpr bool has_dropout() const {
+    return has_softcap() || (score == ScoreMode::kRules && pass == Pass::kForward);
+  }
 
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.

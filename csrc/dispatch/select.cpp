@@ -105,8 +105,11 @@ Verdict judge(int row, const Problem& problem) {
   if (config.score == ScoreMode::kPlain && problem.general_scores) {
     return Verdict::kScores;
   }
-  if (problem.score_terms && !config.has_score_terms()) {
-    return Verdict::kScoreTerms;
+  if (problem.softcap && !config.has_softcap()) {
+    return Verdict::kSoftcap;
+  }
+  if (problem.dropout && !config.has_dropout()) {
+    return Verdict::kDropout;
   }
   if (problem.on_cuda && !config.fits(problem.device.smem_opt_in)) {
     return Verdict::kSharedMemory;
@@ -145,8 +148,10 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
       return "for full attention only";
     case Verdict::kScores:
       return "for scores without bias, masks, documents, prefixes and terms such as softcap";
-    case Verdict::kScoreTerms:
-      return "for scores without softcap and dropout_p";
+    case Verdict::kSoftcap:
+      return "for scores without softcap";
+    case Verdict::kDropout:
+      return "for scores without dropout_p";
     case Verdict::kSharedMemory:
       return concat("needs ", config.smem_bytes(), " bytes of shared memory",
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",

@@ -16,7 +16,8 @@ struct Problem {
   int head_dim;         // the larger one of q and k, and of v
   bool full_mask;       // every query sees every key
   bool general_scores;  // with rules of common/score_rules.h
-  bool score_terms;     // among them softcap or dropout
+  bool softcap;         // among them
+  bool dropout;
   bool on_cuda;         // else on the CPU
   CudaDevice device;    // read where on_cuda
 };
@@ -32,7 +33,8 @@ enum class Verdict {
   kHeadDim,
   kMask,
   kScores,
-  kScoreTerms,
+  kSoftcap,
+  kDropout,
   kSharedMemory,
   kNotBuilt,
 };

@@ -18,9 +18,10 @@
 //   q             warp 1   those who compute; with statistics and bias
 //   dout          warp 1   those who compute
 //   ds            those who compute, for each other
+//   kept          warps 2, 3   those who compute: what dropout keeps (kept_pairs.cuh)
 //   turn          warp 2   those who compute, to add to dq
 //   added         those who compute, for warp 3
-// The last five have a stage for each tile of queries and advance together.
+// The last six have a stage for each tile of queries and advance together.
 //
 // Deterministic: as in the plain kernel, but that tiles of keys in which none of the queries sees
 // any have no turn.
@@ -53,7 +54,8 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kMathThreads = Traits::kMathThreads;
   constexpr int kMathBarrier = 1;
-  constexpr bool kEarly = Traits::kHasTerms;  // dp is waited for before scores are finished
+  // dp is waited for before scores are finished: its softcap's derivative is not to be kept.
+  constexpr bool kEarly = Traits::kHasSoftcap;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
   constexpr int kFirstTurn = 2 + Traits::kMathWarpgroups;  // the barriers after those
@@ -65,7 +67,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   const ScoreTerms& terms = rules.terms;
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool caps = kEarly && terms.softcap != 0;
-  const bool drops = kEarly && terms.dropout.any();
+  const bool drops = Traits::kHasDropout && terms.dropout.any();
   const bool scales_scores = has_bias || has_alibi || caps;
   const float scale_log2 = scales_scores ? kLog2E : softmax_scale * kLog2E;  // what is left to do
   const bool is_deterministic = params.workspace.turns != nullptr;
@@ -139,8 +141,8 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
       const int first_query = tile.tile() * kTileM;
-      KeptQueries<Scores> kept;
-      if (kEarly && drops) {
+      typename Traits::Kept kept;
+      if (drops && !leaves_kept(params)) {
         kept.find(
             DropoutOfHead(terms.dropout, s_work.tile.batch, tile.head, params.shape.num_heads),
             first_query, first_key + warp_row);
@@ -176,6 +178,10 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
       ptx::wgmma_commit();
 
+      if (Traits::kHasDropout && leaves_kept(params)) {
+        at.wait(s.kept_ring);
+        kept.load(s.kept_of(at.stage(), warp_row / device::kBlockRows));
+      }
       float scale = softmax_scale;
       if constexpr (kEarly) {
         ptx::wgmma_wait<0>();
@@ -223,11 +229,11 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
         r_ds.transform([&](float difference, int, int block, int i) {
           return r_p.r[0][block][i] * difference;
         });
-        if (drops) {
-          kept.keep(r_p, 1.0f);
-        }
       }
-      const auto r_p_elements = device::to_operand<Element>(r_p);
+      auto r_p_elements = device::to_operand<Element>(r_p);
+      if (drops) {
+        kept.drop(r_p_elements);
+      }
       if constexpr (!kEarly) {
         ColumnValues<Scores> delta;
         if (Traits::kLoadsStatisticsAhead) {
@@ -237,6 +243,9 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
         ptx::wgmma_pin(r_ds.r[0]);
         if (!Traits::kLoadsStatisticsAhead) {
           delta.load(s_statistics.delta);
+        }
+        if (drops) {
+          kept.keep(r_ds, static_cast<float>(terms.dropout.scale));
         }
         r_ds.transform([&](float dp, int, int block, int i) {
           return r_p.r[0][block][i] * (dp - delta.of(block, i));
@@ -330,7 +339,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
          {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dk, &maps.dv, &maps.bias}) {
       ptx::prefetch_tensor_map(map);
     }
-    const int helpers = params.workspace.turns != nullptr ? 3 : 1;  // load queries, keep turns
+    const bool has_more = params.workspace.turns != nullptr ||
+                          (Traits::kHasDropout && leaves_kept(params));
+    const int helpers = has_more ? 3 : 1;  // load queries; keep turns or find what is kept
     s.work_ring.init(Traits::kMathWarps + helpers, Traits::kMathWarpgroups);
     s.visible_ring.init(1);
     s.turn_ring.init(1);
@@ -340,6 +351,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.q_ring.init(Traits::kMathWarps);
     s.dout_ring.init(Traits::kMathWarps);
     s.ds_ring.init(Traits::kMathWarps, Traits::kMathWarps);
+    s.kept_ring.init(1, 2 * ptx::kWarpSize);  // nobody waits until it is empty
     for (auto& s_landing : s.landings) {
       s_landing.init(1);
     }
@@ -356,6 +368,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_visible_queries<Traits>(params, maps, s);
     } else if (params.workspace.turns != nullptr) {
       keep_turns_of_visible<Traits>(params, s, ptx::warp_index() == 2);
+    } else if (Traits::kHasDropout && leaves_kept(params)) {
+      find_kept_pairs<Traits>(params, s, ptx::warp_index() - 2);
     }
   } else {
     ptx::grow_registers<Traits::kMathRegisters>();

@@ -5,17 +5,21 @@
 #include "common/told_tile.h"
 #include "sm90/bwd_general_work.cuh"
 #include "sm90/bwd_traits.h"
+#include "sm90/kept_pairs.cuh"
 
 namespace fa::sm90 {
 
 template <int kRow>
 struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Base = NarrowBwdTraits<kRow>;
-  // Softcap and dropout: then dp is waited for before scores are finished.
-  static constexpr bool kHasTerms = Base::kConfig.has_score_terms();
+  static constexpr bool kHasSoftcap = Base::kConfig.has_softcap();
+  static constexpr bool kHasDropout = Base::kConfig.has_dropout();
+  static constexpr int kProducerRegisters = kHasDropout ? 64 : Base::kProducerRegisters;
+  static constexpr int kMathRegisters = kHasDropout ? 224 : Base::kMathRegisters;
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
+  using Kept = KeptQueries<typename Base::Scores>;
   static constexpr int kKeyStages = 1;            // for there is a bias too
   static constexpr bool kHasRoomForBits = false;  // beside a bias
   static constexpr bool kHoldsPlace = true;       // of what is loaded, in registers
@@ -37,6 +41,7 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     device::Ring<kBwdStages> q_ring;  // and statistics, bias and what is told of the tile
     device::Ring<kBwdStages> dout_ring;
     device::Ring<kBwdStages> ds_ring;
+    device::Ring<kBwdStages> kept_ring;   // what dropout keeps
     device::Ring<kBwdStages> turn_ring;   // to add to dq
     device::Ring<kBwdStages> added_ring;  // to dq
     device::Ring<1> landings[2];          // of the two warps that load
@@ -51,6 +56,10 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     // In place of a stage of a bias, where there is none: a tile's bits of a mask (PairBits).
     FA_DEVICE uint32_t* bits_of(int stage) {
       return reinterpret_cast<uint32_t*>(bias[stage].elements);
+    }
+    // Behind those bits: what dropout keeps, of a warp of those who compute.
+    FA_DEVICE uint32_t* kept_of(int stage, int warp) {
+      return bits_of(stage) + Base::kTileM * Base::kTileN / 32 + warp * Kept::kWordsOfWarp;
     }
     // In place of both stages of a bias that TMA does not bring: this lane's floats, each a warp's
     // width from the next, for scores of 16 keys.

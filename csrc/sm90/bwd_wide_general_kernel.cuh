@@ -35,7 +35,6 @@
 #include "sm90/bwd_wide_general_traits.h"
 #include "sm90/bwd_wide_gradient.cuh"
 #include "sm90/bwd_wide_load.cuh"
-#include "sm90/kept_pairs.cuh"
 #include "sm90/score_bias.cuh"
 #include "sm90/score_terms.cuh"
 #include "sm90/seen_pairs_of_lane.cuh"

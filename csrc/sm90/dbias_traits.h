@@ -38,7 +38,10 @@ struct DbiasTraits : DbiasBase<kRow> {
   // Scores are computed of so many queries at a time; a tile of the gradient is two such parts, of
   // one tile of the row or of two.
   static constexpr int kPartQueries = 64;
-  static constexpr bool kHasTerms = table::kRows[kRow].has_score_terms();  // softcap and dropout
+  static constexpr bool kHasSoftcap = table::kRows[kRow].has_softcap();
+  static constexpr bool kHasDropout = table::kRows[kRow].has_dropout();
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kMathRegisters = 240;
   static constexpr int kParts = 2;
   static constexpr int kQueries = kParts * kPartQueries;
   static constexpr int kPartsOfTile = Base::kTileM / kPartQueries;

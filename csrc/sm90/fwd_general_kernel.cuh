@@ -7,6 +7,7 @@
 //   Whatever hides pairs of a mixed tile, a warp for each warpgroup finds it out and leaves a bit
 //   for each pair in shared memory (seen_pairs.cuh). It has what it found of the next mixed tile in
 //   registers when those who compute are done with one.
+//   What dropout keeps the same warp finds out, of all tiles (kept_pairs.cuh); in place of a bias.
 //   A bias of the inputs' dtype with consecutive keys comes by TMA, and has a stage of its own for
 //   each warpgroup, which is free again as soon as it has been added. Any other bias is read from
 //   global memory by those who compute.
@@ -51,8 +52,9 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const bool has_bias = rules.bias.data != nullptr;
   const ScoreTerms& terms = rules.terms;
-  const bool caps = Traits::kHasTerms && terms.softcap != 0;
-  const bool drops = Traits::kHasTerms && terms.dropout.any();
+  const bool caps = Traits::kHasSoftcap && terms.softcap != 0;
+  const bool drops = terms.dropout.any();
+  const bool is_told_kept = Traits::kLeavesKept && leaves_kept(params);
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool scales_scores = has_bias || caps || has_alibi || softmax_scale < FLT_MIN;
   // As in the plain kernel.
@@ -66,6 +68,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
   device::RingPosition<Traits::kKvStages> v_at;
   device::RingPosition<1> bias_at;
   device::RingPosition<1> seen_at;
+  device::RingPosition<kKeptStages> kept_at;
   bool is_leaving = false;  // out, from the shared memory of its queries
   const auto finish_store = [&] {
     if (is_leaving) {
@@ -115,6 +118,22 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       return device::global_tile<Element>(params.out, s_work.queries, s_work.tile.batch, warp_query,
                                           s_work.tile.head, params.shape.head_dim_v);
     };
+    const auto find_kept = [&](typename Traits::Kept& r_kept, const KeyTile& key_tile) {
+      if (is_told_kept) {
+        kept_at.wait(s.kept_ring[warpgroup]);
+        r_kept.load(Traits::SharedMemory::kept_in(s.bias[warpgroup], kept_at.stage(),
+                                                  row_of_warp / device::kBlockRows));
+        __syncwarp();
+        kept_at.release(s.kept_ring[warpgroup]);
+        kept_at.advance();
+      } else if (drops) {
+        r_kept.find(DropoutOfHead(terms.dropout, s_work.tile.batch, s_work.tile.head,
+                                  params.shape.num_heads),
+                    warp_query, key_tile.tile() * kTileN);
+      }
+    };
+    const float slope =
+        has_alibi ? terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head) : 0.0f;
     // Turns the products of a tile into scores.
     const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile,
                                  typename Seen::OfThread& r_seen) {
@@ -126,8 +145,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       }
       if (has_alibi) {
         const WindowMask& window = s_work.window;
-        add_alibi<false>(r_scores, scale,
-                         terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head),
+        add_alibi<false>(r_scores, scale, slope,
                          warp_query + window.offset() - key_tile.tile() * kTileN);
         scale = 1.0f;
       }
@@ -150,12 +168,9 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
         Seen::keep_seen(r_scores, r_seen);
       }
     };
-    const auto drop_some = [&](typename Traits::Probabilities& r_some, const KeyTile& key_tile) {
+    const auto drop_some = [&](auto& r_some, const typename Traits::Kept& r_kept) {
       if (drops) {
-        drop(r_some,
-             DropoutOfHead(terms.dropout, s_work.tile.batch, s_work.tile.head,
-                           params.shape.num_heads),
-             warp_query, key_tile.tile() * kTileN);
+        r_kept.drop(r_some);
       }
     };
     const float* sink =
@@ -200,16 +215,18 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     {
       Scores r_scores;
       typename Seen::OfThread r_seen;
+      typename Traits::Kept r_kept;
       ptx::wgmma_fence();
       device::issue_abt<Traits::kHeadDim>(r_scores, s_q, warpgroup_row, s.k[k_at.stage()]);
       ptx::wgmma_commit();
       load_seen(r_seen, key_tile, true);
+      find_kept(r_kept, key_tile);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
       apply_rules(r_scores, key_tile, r_seen);
       softmax.begin(r_scores, r_p);
-      drop_some(r_p, key_tile);
+      drop_some(r_p, r_kept);
       release_seen(key_tile);
     }
     Out r_out;  // not yet normalized
@@ -218,6 +235,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     while (!key_tile.is_last()) {
       Scores r_scores;
       typename Seen::OfThread r_seen;
+      typename Traits::Kept r_kept;
       typename Out::RowValues rescale;
       const int q_row = ptx::uniform(static_cast<int>(ptx::opaque(warpgroup_row)));
       k_at.wait_both(s.k_ring, v_at, s.v_ring);
@@ -230,6 +248,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       turns.end();
       key_tile = read_key_tile();
       load_seen(r_seen, key_tile, true);
+      find_kept(r_kept, key_tile);
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(r_scores.r[0]);
       release_key_tile();
@@ -244,13 +263,13 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       if constexpr (Traits::kOverlapsSoftmax) {
         typename Traits::Probabilities r_next;
         raised = softmax.next(r_scores, r_next, rescale);
-        drop_some(r_next, key_tile);
+        drop_some(r_next, r_kept);
         finish_product();
         r_p.copy(r_next);
       } else {
         finish_product();
         raised = softmax.next(r_scores, r_p, rescale);
-        drop_some(r_p, key_tile);
+        drop_some(r_p, r_kept);
       }
       if (raised) {
         r_out.scale_rows(rescale);
@@ -311,6 +330,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       s.q_ring[warpgroup].init(1);
       s.bias_ring[warpgroup].init(Traits::kWarpgroupWarps);
       s.seen_ring[warpgroup].init(Traits::kWarpgroupWarps, ptx::kWarpSize);
+      s.kept_ring[warpgroup].init(Traits::kWarpgroupWarps, ptx::kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }
@@ -325,6 +345,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_general_queries<Traits>(params, maps, schedule, s);
     } else if (ptx::warp_index() == 1) {
       load_visible_tiles<Traits>(params, maps, s);
+    } else if (Traits::kLeavesKept && leaves_kept(params)) {
+      find_kept_pairs<Traits>(params, s, ptx::warp_index() - 2);
     } else {
       find_seen_pairs<Traits>(params, s, ptx::warp_index() - 2);
     }

@@ -5,10 +5,13 @@
 #include <climits>
 
 #include "sm90/fwd_general_work.cuh"
+#include "sm90/kept_pairs.cuh"
 #include "sm90/seen_pairs.cuh"
 #include "sm90/traits.h"
 
 namespace fa::sm90 {
+
+inline constexpr int kKeptStages = 2;  // of what dropout keeps
 
 // What the warp that loads keys tells of a tile. Where an item has none, that is its last.
 struct KeyTile {
@@ -32,7 +35,7 @@ struct GeneralFwdTraits {
   static constexpr int kTileN = kConfig.tile_n;
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kQStages = kConfig.q_stages();
-  static constexpr bool kHasTerms = kConfig.has_score_terms();  // softcap and dropout
+  static constexpr bool kHasSoftcap = kConfig.has_softcap();
   static constexpr int kKvStages = kConfig.kv_stages();
 
   // One warpgroup loads and finds out which pairs are seen, by a warp for each of the two others,
@@ -44,9 +47,11 @@ struct GeneralFwdTraits {
   static_assert(kTileM == kMathWarpgroups * device::kWarpgroupRows);
   static_assert(128 % kTileM == 0 && 128 % kTileN == 0);  // a tile lies in one block of a mask
   // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
-  static constexpr int kProducerRegisters = kHeadDim > 128 ? 56 : 72;
+  static constexpr int kProducerRegisters = kHeadDim > 128 ? 64 : 80;
   static constexpr int kMathRegisters = kHeadDim > 128 ? 224 : 216;
 
+  // Whether those who find out which pairs are seen have registers to find what dropout keeps.
+  static constexpr bool kLeavesKept = kHeadDim <= 128;
   // Whether there are registers for a second p while the product of the first one runs; else the
   // rules alone are applied under it.
   static constexpr bool kOverlapsSoftmax = kHeadDim != 128;
@@ -61,6 +66,7 @@ struct GeneralFwdTraits {
   using Scores = device::Accumulator<device::kBlockRows, kTileN>;
   using Out = device::Accumulator<device::kBlockRows, kHeadDim>;
   using Probabilities = device::OperandA<Element, device::kBlockRows, kTileN>;
+  using Kept = KeptKeys<kTileN>;
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {
@@ -76,12 +82,18 @@ struct GeneralFwdTraits {
     device::Ring<kKvStages> v_ring;
     device::Ring<1> bias_ring[kMathWarpgroups];
     device::Ring<1> seen_ring[kMathWarpgroups];  // of mixed tiles alone
+    device::Ring<kKeptStages> kept_ring[kMathWarpgroups];
     KeyTile key_tiles[kKvStages];                // of the stages of keys
     GeneralFwdWork work[kWorkStages];
 
     // In place of 16 rows of a bias, half as many floats: the first of this lane.
     static FA_DEVICE float* floats_in(Bias& s_bias, int row) {
       return reinterpret_cast<float*>(s_bias.elements) + row * (kTileN / 2) + ptx::lane_index();
+    }
+    // In place of a bias: a stage of what dropout keeps, by a warp of those who compute.
+    static FA_DEVICE uint32_t* kept_in(Bias& s_bias, int stage, int warp) {
+      return reinterpret_cast<uint32_t*>(s_bias.elements) +
+             (stage * kWarpgroupWarps + warp) * Kept::kWordsOfWarp;
     }
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);

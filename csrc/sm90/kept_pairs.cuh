@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which pairs dropout keeps (common/philox.h), as those who compute need it. Two of its 16-bit
-// values are compared at a time.
+// Which pairs dropout keeps (common/philox.h), as bits of a thread that computes. Warps that do not
+// compute find them while others multiply, and leave them in shared memory in the order in which
+// they are wanted. Where there is no place for them, those who compute find them by themselves.
 #pragma once
 
 #include "common/philox.h"
@@ -8,110 +9,229 @@
 
 namespace fa::sm90 {
 
-// Of what is kept or not, two pairs of a word of `values`: the topmost bit of each half.
-FA_DEVICE uint32_t kept_halves(uint32_t values, uint32_t threshold) {
-  // The carry of threshold + ~value, of 17 bits, of which half is kept.
-  const uint32_t thresholds = threshold * 0x10001;
-  return (~values & thresholds) + (((~values ^ thresholds) & 0xFFFEFFFE) >> 1);
+// Whether others leave them to those who compute: there they lie in place of a bias. In backward
+// the same warps keep the turns of deterministic runs.
+FA_DEVICE bool leaves_kept(const FwdParams& params) {
+  return params.rules.terms.dropout.any() && params.rules.bias.data == nullptr;
+}
+FA_DEVICE bool leaves_kept(const BwdParams& params) {
+  return params.rules.terms.dropout.any() && params.rules.bias.data == nullptr &&
+         params.workspace.turns == nullptr;
 }
 
-// All bits of each half become its topmost one.
-FA_DEVICE uint32_t spread_halves(uint32_t topmost) {
-  return ptx::permute_bytes<0xBB99>(topmost, topmost);
-}
-
-// The same half of two words as one word.
-FA_DEVICE uint32_t join_halves(uint32_t first, uint32_t second, int half) {
-  return __byte_perm(first, second, half == 0 ? 0x5410 : 0x7632);
-}
-
-// Probabilities of a warp's 16 queries that are dropped become 0. The queries begin at a multiple
-// of 16, the keys of 32.
-template <typename Element, int kKeys>
-FA_DEVICE void drop(device::OperandA<Element, device::kBlockRows, kKeys>& r_p,
-                    const DropoutOfHead& dropout, int first_query, int first_key) {
-  constexpr int kKeysOfPatch = 32;
-  static_assert(kKeys % kKeysOfPatch == 0);
-  const int query = first_query + ptx::lane_index() / 4;
-  const int key = first_key + ptx::lane_index() % 4 * 2;
-#pragma unroll
-  for (int keys = 0; keys < kKeys; keys += kKeysOfPatch) {
-    const PhiloxCounter left = dropout.patch(query, key + keys).bits;
-    const PhiloxCounter right = dropout.patch(query, key + keys + 1).bits;
-    const uint32_t lefts[4] = {left.x, left.y, left.z, left.w};
-    const uint32_t rights[4] = {right.x, right.y, right.z, right.w};
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int block = keys / device::kBlockCols + i;
-        const int word = 2 * row + i / 2;
-        const uint32_t values = join_halves(lefts[word], rights[word], i % 2);
-        r_p.r[0][block / 2][block % 2 * 2 + row] &=
-            spread_halves(kept_halves(values, dropout.threshold()));
-      }
-    }
-  }
-}
-
-// Of a warp's 16 keys and some queries, transposed scores: a bit for each of a thread's pairs. Both
-// begin at multiples of 16.
-template <typename Scores>
-class KeptQueries {
+// Bits of eight quads, each of two pairs of neighbours, which an mma operand has in two registers:
+// bit 8 * i + q is that of value i of quad q.
+class KeptQuads {
  public:
+  // Those of the next quad. left, right: words of Philox of two neighbours, with the 16-bit values
+  // of both pairs.
+  FA_DEVICE void push(uint32_t left, uint32_t right, uint32_t threshold) {
+    const uint32_t topmost =
+        ptx::permute_bytes<0x7351>(kept_halves(left, threshold), kept_halves(right, threshold));
+    bits_ = bits_ >> 1 | (topmost & 0x80808080);
+  }
+
+  // All bits of a pair's values, in their halves of a register.
+  FA_DEVICE uint32_t mask(int quad, int pair) const {
+    const uint32_t topmost = bits_ << (7 - quad);
+    return pair == 0 ? ptx::permute_bytes<0x9988>(topmost, topmost)
+                     : ptx::permute_bytes<0xBBAA>(topmost, topmost);
+  }
+  FA_DEVICE bool keeps(int quad, int value) const {
+    return (bits_ & 1u << (8 * value + quad)) != 0;
+  }
+
+  FA_DEVICE void store(uint32_t& s_word) const { s_word = bits_; }
+  FA_DEVICE void load(const uint32_t& s_word) { bits_ = s_word; }
+
+ private:
+  // Of each half of a word its topmost bit: whether the half is kept. Two are compared at a time.
+  static FA_DEVICE uint32_t kept_halves(uint32_t values, uint32_t threshold) {
+    // The carry of threshold + ~value, of 17 bits, of which half is kept.
+    const uint32_t thresholds = threshold * 0x10001;
+    return (~values & thresholds) + (((~values ^ thresholds) & 0xFFFEFFFE) >> 1);
+  }
+
+  uint32_t bits_ = 0;
+};
+
+// Philox of two neighbours, word by word.
+struct KeptNeighbours {
+  uint32_t left[4];
+  uint32_t right[4];
+
+  FA_DEVICE KeptNeighbours(const DropoutPatch& of_left, const DropoutPatch& of_right)
+      : left{of_left.bits.x, of_left.bits.y, of_left.bits.z, of_left.bits.w},
+        right{of_right.bits.x, of_right.bits.y, of_right.bits.z, of_right.bits.w} {}
+};
+
+// The same, with the keys of all rounds in uniform registers.
+FA_DEVICE DropoutOfHead uniform(const DropoutOfHead& dropout) {
+  return dropout.with_key({static_cast<uint32_t>(ptx::uniform(static_cast<int>(dropout.key().x))),
+                           static_cast<uint32_t>(ptx::uniform(static_cast<int>(dropout.key().y)))});
+}
+
+// Of a warp's 16 queries and kKeys keys. The queries begin at a multiple of 16, the keys of 32.
+template <int kKeys>
+class KeptKeys {
+ public:
+  static constexpr int kKeysOfWord = 64;
+  static constexpr int kWords = kKeys / kKeysOfWord;  // of a thread
+  static constexpr int kWordsOfWarp = kWords * ptx::kWarpSize;
+
   FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
-    const int query = first_query + ptx::lane_index() % 4 * 2;
-    const int key = first_key + ptx::lane_index() / 4;
-    const bool is_second = first_key / device::kBlockRows % 2 != 0;  // half of a patch's keys
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      uint32_t kept = 0;
-#pragma unroll 2  // few calls' registers at a time
-      for (int queries = 0; queries < kQueriesOfWord; queries += device::kBlockRows) {
-        const int first = query + word * kQueriesOfWord + queries;
-        const PhiloxCounter left = dropout.patch(first, key).bits;
-        const PhiloxCounter right = dropout.patch(first + 1, key).bits;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t of_left = is_second   ? half == 0 ? left.y : left.w
-                                   : half == 0 ? left.x
-                                               : left.z;
-          const uint32_t of_right = is_second   ? half == 0 ? right.y : right.w
-                                    : half == 0 ? right.x
-                                                : right.z;
-#pragma unroll
-          for (int row = 0; row < 2; ++row) {
-            const uint32_t values = join_halves(of_left, of_right, row);
-            kept = kept >> 1 | (kept_halves(values, dropout.threshold()) & kTopmost);
-          }
-        }
-      }
-      kept_[word] = kept;
+      quads_[word] = word_of(dropout, first_query, first_key + word * kKeysOfWord);
     }
   }
 
-  // Of what is kept each value is multiplied by `scale`; others become 0.
-  FA_DEVICE void keep(Scores& r_values, float scale) const {
-    r_values.transform([&](float value, int row, int block, int i) {
-      const uint32_t bit = 1u << (bit_of(block, row) + i % 2 * kPairsOfWord);
-      return (kept_[block / kBlocksOfWord] & bit) != 0 ? value * scale : 0.0f;
-    });
+  // For another warp. s_words: its own.
+  static FA_DEVICE void find_for(const DropoutOfHead& dropout, int first_query, int first_key,
+                                 uint32_t* s_words) {
+#pragma unroll 1
+    for (int word = 0; word < kWords; ++word) {
+      word_of(dropout, first_query, first_key + word * kKeysOfWord)
+          .store(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
+    }
+  }
+  FA_DEVICE void load(const uint32_t* s_words) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      quads_[word].load(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
+    }
+  }
+
+  // What is dropped becomes 0.
+  template <typename Element>
+  FA_DEVICE void drop(device::OperandA<Element, device::kBlockRows, kKeys>& r_p) const {
+#pragma unroll
+    for (int slice = 0; slice < kKeys / kSlice; ++slice) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {  // of one row and two blocks of columns
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          r_p.r[0][2 * slice + word % 2][2 * block + word / 2] &=
+              quads_[slice / 2].mask(slice % 2 * 4 + word, block);
+        }
+      }
+    }
   }
 
  private:
-  static constexpr uint32_t kTopmost = 0x80008000;
-  // A word has the left element of 16 pairs of neighbouring queries, and then the right ones.
-  static constexpr int kPairsOfWord = 16;
-  static constexpr int kBlocksOfWord = kPairsOfWord / 2;
-  static constexpr int kQueriesOfWord = kBlocksOfWord * device::kBlockCols;
-  static constexpr int kWords = Scores::kCols / kQueriesOfWord;
-  static_assert(Scores::kRowBlocks == 1 && Scores::kCols % kQueriesOfWord == 0);
+  static constexpr int kSlice = 32;  // of keys: that of a patch
+  static_assert(kKeys % kKeysOfWord == 0);
 
-  static constexpr FA_DEVICE int bit_of(int block, int row) {
-    return block % kBlocksOfWord * 2 + row;
+  static FA_DEVICE KeptQuads word_of(const DropoutOfHead& dropout, int first_query,
+                                     int first_key) {
+    const int query = first_query + ptx::lane_index() / 4;
+    const int key = first_key + ptx::lane_index() % 4 * 2;
+    const DropoutOfHead here = uniform(dropout);
+    KeptQuads quads;
+#pragma unroll
+    for (int slice = 0; slice < kKeysOfWord; slice += kSlice) {
+      const KeptNeighbours bits(here.patch(query, key + slice),
+                                here.patch(query, key + slice + 1));
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        quads.push(bits.left[word], bits.right[word], dropout.threshold());
+      }
+    }
+    return quads;
   }
 
-  uint32_t kept_[kWords];
+  KeptQuads quads_[kWords];
+};
+
+// Of a warp's 16 keys and some queries, transposed scores. Both begin at multiples of 16.
+template <typename Scores>
+class KeptQueries {
+ public:
+  static constexpr int kWords = Scores::kCols / 64;  // of a thread
+  static constexpr int kWordsOfWarp = kWords * ptx::kWarpSize;
+
+  FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
+    const bool is_second = first_key / device::kBlockRows % 2 != 0;  // half of a patch's keys
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      KeptQuads quads;
+      each_neighbours(dropout, first_query, first_key, word, [&](const KeptNeighbours& bits) {
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          quads.push(is_second ? bits.left[2 * block + 1] : bits.left[2 * block],
+                     is_second ? bits.right[2 * block + 1] : bits.right[2 * block],
+                     dropout.threshold());
+        }
+      });
+      quads_[word] = quads;
+    }
+  }
+
+  // For two warps, which have all keys of the patches: first_key is a multiple of 32. s_words: of
+  // the first warp.
+  static FA_DEVICE void find_for_two(const DropoutOfHead& dropout, int first_query, int first_key,
+                                     uint32_t* s_words) {
+#pragma unroll 1
+    for (int word = 0; word < kWords; ++word) {
+      KeptQuads quads[2];
+      each_neighbours(dropout, first_query, first_key, word, [&](const KeptNeighbours& bits) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          quads[i % 2].push(bits.left[i], bits.right[i], dropout.threshold());
+        }
+      });
+#pragma unroll
+      for (int warp = 0; warp < 2; ++warp) {
+        quads[warp].store(
+            s_words[warp * kWordsOfWarp + word * ptx::kWarpSize + ptx::lane_index()]);
+      }
+    }
+  }
+  FA_DEVICE void load(const uint32_t* s_words) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      quads_[word].load(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
+    }
+  }
+
+  // What is dropped becomes 0; the first also scales what is kept.
+  FA_DEVICE void keep(Scores& r_values, float scale) const {
+    r_values.transform([&](float value, int row, int block, int i) {
+      return quads_[block / 8].keeps(block % 8, 2 * row + i % 2) ? value * scale : 0.0f;
+    });
+  }
+  template <typename Element>
+  FA_DEVICE void drop(
+      device::OperandA<Element, device::kBlockRows, Scores::kCols>& r_p) const {
+#pragma unroll
+    for (int block = 0; block < Scores::kColBlocks; ++block) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        r_p.r[0][block / 2][block % 2 * 2 + row] &= quads_[block / 8].mask(block % 8, row);
+      }
+    }
+  }
+
+ private:
+  static_assert(Scores::kRowBlocks == 1 && Scores::kCols % 64 == 0);
+
+  // Visits two blocks of 8 queries at a time of the 64 of a word, in order; few calls' registers at
+  // a time.
+  template <typename Visit>
+  static FA_DEVICE void each_neighbours(const DropoutOfHead& dropout, int first_query,
+                                        int first_key, int word, Visit&& visit) {
+    const DropoutOfHead here = uniform(dropout);
+    const uint32_t lane = ptx::opaque(ptx::lane_index());  // nothing of it is kept
+    const int query = first_query + 64 * word + static_cast<int>(lane % 4 * 2);
+    const int key = first_key + static_cast<int>(lane / 4);
+#pragma unroll 1
+    for (int queries = 0; queries < 64; queries += device::kBlockRows) {
+      visit(KeptNeighbours(here.patch(query + queries, key),
+                           here.patch(query + queries + 1, key)));
+    }
+  }
+
+  KeptQuads quads_[kWords];
 };
 
 }  // namespace fa::sm90

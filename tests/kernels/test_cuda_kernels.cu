@@ -424,7 +424,8 @@ bool runs(const KernelConfig& config, const Case& test) {
     return false;
   }
   const TermSpec& terms = test.rules.terms;
-  if ((terms.softcap != 0 || terms.dropout_p > 0) && !config.has_score_terms()) {
+  if ((terms.softcap != 0 && !config.has_softcap()) ||
+      (terms.dropout_p > 0 && !config.has_dropout())) {
     return false;
   }
   return nearest != all.end() && (config.mask == MaskMode::kWindow || full) &&

@@ -44,7 +44,8 @@ def test_rows_without_terms_say_so(pass_name: str) -> None:
         window_left=-1,
         window_right=-1,
         general_scores=True,
-        score_terms=True,
+        softcap=True,
+        dropout=False,
         on_cuda=True,
         compute_capability=capability,
         smem_opt_in=227 * 1024,
@@ -52,7 +53,7 @@ def test_rows_without_terms_say_so(pass_name: str) -> None:
     for row in flash_attn_cuda.build_info()["kernels"]:
         if row["pass"] == pass_name and row["family"] == "sm80" and row["head_dim"] == 64:
             reason = answer["reasons"][row["name"]]
-            is_refused = row["dtype"] == "bfloat16" and not row["score_terms"]
+            is_refused = row["dtype"] == "bfloat16" and not row["softcap"]
             assert ("softcap" in reason) == is_refused or row["score"] == "plain"
 
 

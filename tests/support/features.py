@@ -24,7 +24,9 @@ class Feature:
         arguments = set(re.findall(r"`(\w+)`", self.asked_for_by))
         if "window_size" in arguments and row["mask"] != "window":
             return False
-        if arguments & {"dropout_p", "softcap"} and not row["score_terms"]:
+        if "softcap" in arguments and not row["softcap"]:
+            return False
+        if "dropout_p" in arguments and not row["dropout"]:
             return False
         return row["score"] != "plain" or not arguments & set(RULES)
 
