@@ -23,7 +23,6 @@ import torch
 
 from tests.support.cases import DATA, DOUTS, LAYOUTS, Case
 from tests.support.compare import check
-from tests.support.families import has_terms
 from tests.support.rules import (
     BIAS_DATA,
     DIMS,
@@ -125,8 +124,6 @@ def _case(drawn: dict[str, Any], rng: random.Random, device: str) -> Case:
     is_varlen = form == "packed"
     if device == "cuda" and drawn["dtype"] == "float64":
         drawn["dtype"] = "bfloat16"
-    if not has_terms(device):
-        drawn |= {name: PROPERTIES[name][0] for name in TERMS}
     if drawn["bias_dtype"] == "float64" and drawn["dtype"] != "float64":
         drawn["bias_dtype"] = None
     if is_varlen:

@@ -19,9 +19,7 @@ from flash_attn_cuda import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from flash_attn_cuda.introspect import TERMS
 from tests.support.arguments import LATER
-from tests.support.families import skip_without_terms
 
 # Each changes the output, the LSE and all gradients.
 SENSITIVE: dict[str, dict[str, object]] = {
@@ -93,8 +91,6 @@ def test_argument_changes_every_result(device: str, argument: str) -> None:
 
 
 def _on(device: str, arguments: dict[str, object]) -> dict[str, object]:
-    if arguments.keys() & set(TERMS):
-        skip_without_terms(device)
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
@@ -259,7 +255,6 @@ def test_torchs_setting_counts_when_gradients_are_computed() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_changes_all_but_the_lse(device: str, packed: bool) -> None:
-    skip_without_terms(device)
     qkv = _qkv(device)
     results_of = _packed_results if packed else _results
 
@@ -277,7 +272,6 @@ def test_dropout_changes_all_but_the_lse(device: str, packed: bool) -> None:
 
 
 def test_packed_forms_pass_dropout_and_what_is_returned_on(device: str) -> None:
-    skip_without_terms(device)
     q, k, v = (x.detach() for x in _qkv(device))
 
     def options() -> dict[str, Any]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
-from tests.support.families import skip_without_terms
 
 LENGTHS = (64, 33, 65, 130)
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -118,7 +117,6 @@ def _dropped(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> 
 
 def test_terms_in_one_graph_for_all_lengths(device: str) -> None:
     """Dropout draws from torch's generator as it does in eager mode."""
-    skip_without_terms(device)
     compiled = torch.compile(_dropped, backend="aot_eager", fullgraph=True, dynamic=True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for seqlen in LENGTHS:

@@ -33,19 +33,6 @@ def device_of(family: str) -> str:
     return "cpu" if family == "cpu" else "cuda"
 
 
-def has_terms(device: str) -> bool:
-    """Whether kernels of the device have the terms of a score: softcap, ALiBi and so on."""
-    on_cpu = device == "cpu"
-    return any(
-        row["score_terms"] for row in _C.kernel_table() if (row["family"] == "cpu") == on_cpu
-    )
-
-
-def skip_without_terms(device: str) -> None:
-    if not has_terms(device):
-        pytest.skip(f"no kernel on {device} has softcap, ALiBi, sinks or dropout")
-
-
 def has_forward(family: str, head_dim: int) -> bool:
     return any(
         row["family"] == family and row["pass"] == "fwd" and row["head_dim"] >= head_dim
