@@ -12,27 +12,41 @@
 
 namespace fa::device {
 
-// To a few units in the last place. Where x is small, 1 - 2 / (1 + e^2x) has lost digits, and the
-// series has them.
-FA_DEVICE float tanh_approx(float x) {
-  constexpr float kSmall = 0.25f;
+// Below, the first terms of tanh's series are exact to a few units in the last place.
+inline constexpr float kSmallTanh = 0.25f;
+FA_DEVICE float tanh_of_small(float x) {
   const float square = x * x;
   const float series = fmaf(square, fmaf(square, -17.0f / 315, 2.0f / 15), -1.0f / 3);
-  const float e = ptx::exp2_approx(2 * kLog2E * x);
-  return fabsf(x) < kSmall ? fmaf(series * square, x, x)
-                           : fmaf(-2.0f, ptx::reciprocal_approx(1.0f + e), 1.0f);
+  return fmaf(series * square, x, x);
 }
 
-// Each score becomes softcap * tanh(scale * score / softcap), softcap > 0. visit(tanh,
-// row_of_thread, col_block, i) is told of each.
+// To a few units in the last place. Where x is small, 1 - 2 / (1 + e^2x) has lost digits.
+FA_DEVICE float tanh_approx(float x) {
+  const float e = ptx::exp2_approx(2 * kLog2E * x);
+  return fabsf(x) < kSmallTanh ? tanh_of_small(x)
+                               : fmaf(-2.0f, ptx::reciprocal_approx(1.0f + e), 1.0f);
+}
+
+// By whole warps: each score becomes softcap * tanh(scale * score / softcap), softcap > 0.
+// visit(tanh, row_of_thread, col_block, i) is told of each. Mostly all of a tile are small: then no
+// unit for special functions, of which the softmax wants all, is needed, and the bits are the same.
 template <typename Scores, typename Visit>
 FA_DEVICE void cap_scores(Scores& r_scores, float scale, float softcap, Visit&& visit) {
   const float factor = fminf(fmaxf(scale / softcap, -FLT_MAX), FLT_MAX);  // 0 * inf is NaN
-  r_scores.transform([&](float score, int row, int block, int i) {
-    const float tanh = tanh_approx(score * factor);
-    visit(tanh, row, block, i);
-    return softcap * tanh;
-  });
+  const auto cap = [&](auto&& tanh_of) {
+    r_scores.transform([&](float score, int row, int block, int i) {
+      const float tanh = tanh_of(score * factor);
+      visit(tanh, row, block, i);
+      return softcap * tanh;
+    });
+  };
+  float largest = 0.0f;
+  r_scores.for_each([&](float score, int) { largest = fmaxf(largest, fabsf(score)); });
+  if (__all_sync(~0u, largest * fabsf(factor) < kSmallTanh)) {
+    cap(tanh_of_small);
+  } else {
+    cap(tanh_approx);
+  }
 }
 
 // How far each key lies from the key that is aligned with its query.

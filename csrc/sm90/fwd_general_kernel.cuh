@@ -229,6 +229,12 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       drop_some(r_p, r_kept);
       release_seen(key_tile);
     }
+    const int rows_of_first = s_work.keys.length - key_tile.tile() * kTileN;
+    if (rows_of_first < kTileN && tail_is_foreign) {
+      v_at.wait(s.v_ring);
+      clear_rows(s.v[v_at.stage()], rows_of_first, thread);
+      show_rows(warpgroup_barrier);
+    }
     Out r_out;  // not yet normalized
     r_out.clear();
     // Adds the product of one tile's p and turns the scores of the next into its p.
@@ -277,11 +283,6 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       release_seen(key_tile);
     }
     v_at.wait(s.v_ring);
-    const int rows_of_last = s_work.keys.length - key_tile.tile() * kTileN;
-    if (rows_of_last < kTileN && tail_is_foreign) {
-      clear_rows(s.v[v_at.stage()], rows_of_last, thread);
-      show_rows(warpgroup_barrier);
-    }
     ptx::wgmma_fence();
     device::issue_ab(r_out, r_p, s.v[v_at.stage()], true);
     ptx::wgmma_commit();
