@@ -124,7 +124,6 @@ def explain(
             window_right=window_right,
             general_scores=bool(rules_of_pass),
             softcap="softcap" in rules_of_pass,
-            dropout="dropout_p" in rules_of_pass,
             on_cuda=on_cuda,
             compute_capability=compute_capability,
             smem_opt_in=smem_opt_in,

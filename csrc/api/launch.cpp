@@ -82,7 +82,6 @@ Problem problem_for(Pass pass, const Argument& q, const Shape& shape, const Wind
           .full_mask = window.is_full(),
           .general_scores = rules.any(),
           .softcap = rules.terms.softcap != 0,
-          .dropout = rules.terms.dropout.any(),
           .on_cuda = q.device.is_cuda(),
           .device = q.device.is_cuda() ? cuda_device(q.device.index()) : CudaDevice{}};
 }

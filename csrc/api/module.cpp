@@ -41,7 +41,6 @@ py::dict row_to_dict(int row) {
   fields["mask"] = name_of(config.mask);
   fields["score"] = name_of(config.score);
   fields["softcap"] = config.has_softcap();
-  fields["dropout"] = config.has_dropout();
   fields["tile_m"] = config.tile_m;
   fields["tile_n"] = config.tile_n;
   fields["warps"] = config.warps;
@@ -71,8 +70,7 @@ py::dict build_info() {
 // does not run.
 py::dict explain(const std::string& pass, const std::string& dtype, int head_dim, int seqlen_q,
                  int seqlen_k, int64_t window_left, int64_t window_right, bool general_scores,
-                 bool softcap, bool dropout, bool on_cuda, int compute_capability,
-                 int64_t smem_opt_in) {
+                 bool softcap, bool on_cuda, int compute_capability, int64_t smem_opt_in) {
   const Problem problem{
       .pass = pass == name_of(Pass::kForward) ? Pass::kForward : Pass::kBackward,
       .dtype = parse_dtype(dtype),
@@ -80,7 +78,6 @@ py::dict explain(const std::string& pass, const std::string& dtype, int head_dim
       .full_mask = WindowMask(seqlen_q, seqlen_k, window_left, window_right).is_full(),
       .general_scores = general_scores,
       .softcap = softcap,
-      .dropout = dropout,
       .on_cuda = on_cuda,
       .device = {compute_capability, smem_opt_in}};
   py::dict decision;
@@ -179,6 +176,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("strides"), py::arg("address"), py::arg("element_bytes"), py::arg("on_cuda"));
   module.def("explain", fa::api::explain, py::kw_only(), py::arg("pass_name"), py::arg("dtype"),
              py::arg("head_dim"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"),
-             py::arg("window_right"), py::arg("general_scores"), py::arg("softcap"), py::arg("dropout"),
+             py::arg("window_right"), py::arg("general_scores"), py::arg("softcap"),
              py::arg("on_cuda"), py::arg("compute_capability"), py::arg("smem_opt_in"));
 }

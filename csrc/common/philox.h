@@ -114,13 +114,6 @@ class DropoutOfHead {
 
   FA_HOST_DEVICE constexpr uint32_t threshold() const { return threshold_; }
 
-  FA_HOST_DEVICE constexpr const PhiloxKey& key() const { return key_; }
-  FA_HOST_DEVICE constexpr DropoutOfHead with_key(const PhiloxKey& key) const {
-    DropoutOfHead other = *this;
-    other.key_ = key;
-    return other;
-  }
-
   FA_HOST_DEVICE constexpr bool keeps(const DropoutPatch& patch, int half) const {
     return patch.value(half) < threshold_;
   }

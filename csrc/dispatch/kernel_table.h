@@ -99,9 +99,6 @@ struct KernelConfig {
   }
 
   constexpr bool has_softcap() const { return score == ScoreMode::kGeneral; }
-  constexpr bool has_dropout() const {
-    return has_softcap() || (score == ScoreMode::kRules && pass == Pass::kForward);
-  }
 
   // Whether `blocks` of them fit the shared memory of a multiprocessor, given the most that one
   // block may have: on every GPU so far the multiprocessor has 1 KiB more, and each block takes 1.
@@ -194,6 +191,10 @@ inline constexpr KernelConfig kRows[] = {
   {kSm90, kBackward, kFloat16,   96, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kBFloat16, 128, kWindow, kGeneral,   64,  128, 12, 1},
   {kSm90, kBackward, kFloat16,  128, kWindow, kGeneral,   64,  128, 12, 1},
+  {kSm90, kBackward, kBFloat16, 192, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  192, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kBFloat16, 256, kWindow, kGeneral,   64,   64, 16, 1},
+  {kSm90, kBackward, kFloat16,  256, kWindow, kGeneral,   64,   64, 16, 1},
 
   // For every GPU from Ampere on.
   {kSm80, kForward,  kBFloat16,  64, kWindow, kPlain,    128,  128,  4, 2},

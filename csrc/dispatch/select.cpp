@@ -108,9 +108,6 @@ Verdict judge(int row, const Problem& problem) {
   if (problem.softcap && !config.has_softcap()) {
     return Verdict::kSoftcap;
   }
-  if (problem.dropout && !config.has_dropout()) {
-    return Verdict::kDropout;
-  }
   if (problem.on_cuda && !config.fits(problem.device.smem_opt_in)) {
     return Verdict::kSharedMemory;
   }
@@ -150,8 +147,6 @@ std::string describe(Verdict verdict, int row, const Problem& problem) {
       return "for scores without bias, masks, documents, prefixes and terms such as softcap";
     case Verdict::kSoftcap:
       return "for scores without softcap";
-    case Verdict::kDropout:
-      return "for scores without dropout_p";
     case Verdict::kSharedMemory:
       return concat("needs ", config.smem_bytes(), " bytes of shared memory",
                     config.blocks > 1 ? concat(" for each of ", config.blocks, " blocks") : "",

@@ -17,7 +17,6 @@ struct Problem {
   bool full_mask;       // every query sees every key
   bool general_scores;  // with rules of common/score_rules.h
   bool softcap;         // among them
-  bool dropout;
   bool on_cuda;         // else on the CPU
   CudaDevice device;    // read where on_cuda
 };
@@ -34,7 +33,6 @@ enum class Verdict {
   kMask,
   kScores,
   kSoftcap,
-  kDropout,
   kSharedMemory,
   kNotBuilt,
 };

@@ -67,7 +67,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   const ScoreTerms& terms = rules.terms;
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool caps = kEarly && terms.softcap != 0;
-  const bool drops = Traits::kHasDropout && terms.dropout.any();
+  const bool drops = terms.dropout.any();
   const bool scales_scores = has_bias || has_alibi || caps;
   const float scale_log2 = scales_scores ? kLog2E : softmax_scale * kLog2E;  // what is left to do
   const bool is_deterministic = params.workspace.turns != nullptr;
@@ -178,9 +178,10 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
       ptx::wgmma_commit();
 
-      if (Traits::kHasDropout && leaves_kept(params)) {
+      if (leaves_kept(params)) {
         at.wait(s.kept_ring);
-        kept.load(s.kept_of(at.stage(), warp_row / device::kBlockRows));
+        const auto row = static_cast<int>(ptx::opaque(warp_row));  // nothing of it is kept
+        kept.load(s.kept_of(at.stage(), row / device::kBlockRows));
       }
       float scale = softmax_scale;
       if constexpr (kEarly) {
@@ -230,10 +231,6 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
           return r_p.r[0][block][i] * difference;
         });
       }
-      auto r_p_elements = device::to_operand<Element>(r_p);
-      if (drops) {
-        kept.drop(r_p_elements);
-      }
       if constexpr (!kEarly) {
         ColumnValues<Scores> delta;
         if (Traits::kLoadsStatisticsAhead) {
@@ -253,6 +250,10 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       }
       if (tile.is_mixed()) {  // dp of a hidden pair may be infinite
         seen.keep(r_ds);
+      }
+      auto r_p_elements = device::to_operand<Element>(r_p);
+      if (drops) {
+        kept.drop(r_p_elements);
       }
       const auto r_ds_elements = device::to_operand<Element>(r_ds);
       turns.end();
@@ -339,8 +340,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
          {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dk, &maps.dv, &maps.bias}) {
       ptx::prefetch_tensor_map(map);
     }
-    const bool has_more = params.workspace.turns != nullptr ||
-                          (Traits::kHasDropout && leaves_kept(params));
+    const bool has_more = params.workspace.turns != nullptr || leaves_kept(params);
     const int helpers = has_more ? 3 : 1;  // load queries; keep turns or find what is kept
     s.work_ring.init(Traits::kMathWarps + helpers, Traits::kMathWarpgroups);
     s.visible_ring.init(1);
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_visible_queries<Traits>(params, maps, s);
     } else if (params.workspace.turns != nullptr) {
       keep_turns_of_visible<Traits>(params, s, ptx::warp_index() == 2);
-    } else if (Traits::kHasDropout && leaves_kept(params)) {
+    } else if (leaves_kept(params)) {
       find_kept_pairs<Traits>(params, s, ptx::warp_index() - 2);
     }
   } else {

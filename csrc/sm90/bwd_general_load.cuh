@@ -248,15 +248,18 @@ FA_DEVICE void find_kept_pairs(const BwdParams& params, typename Traits::SharedM
       at.wait(s.q_ring);
       const ToldTile& s_told = s.told[at.stage()];
       is_last = s_told.is_last();
-      const DropoutOfHead dropout(params.rules.terms.dropout, s_work.tile.batch, s_told.head,
-                                  params.shape.num_heads);
+      SharedDropout& s_dropout = s.dropout[warpgroup];
+      s_dropout.store(DropoutOfHead(params.rules.terms.dropout, s_work.tile.batch, s_told.head,
+                                    params.shape.num_heads));
+      __syncwarp();
 #pragma unroll 1
       for (int warp = warpgroup * kWarps; warp < (warpgroup + 1) * kWarps; warp += 2) {
-        Traits::Kept::find_for_two(dropout, s_told.tile() * Traits::kTileM,
+        Traits::Kept::find_for_two(s_dropout, s_told.tile() * Traits::kTileM,
                                    s_work.first_key + warp * device::kBlockRows,
                                    s.kept_of(at.stage(), warp));
       }
       at.fill(s.kept_ring);
+      __syncwarp();  // all lanes have read s_dropout
     }
     __syncwarp();
     work_at.release(s.work_ring);

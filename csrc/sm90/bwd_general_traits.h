@@ -13,9 +13,7 @@ template <int kRow>
 struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Base = NarrowBwdTraits<kRow>;
   static constexpr bool kHasSoftcap = Base::kConfig.has_softcap();
-  static constexpr bool kHasDropout = Base::kConfig.has_dropout();
-  static constexpr int kProducerRegisters = kHasDropout ? 64 : Base::kProducerRegisters;
-  static constexpr int kMathRegisters = kHasDropout ? 224 : Base::kMathRegisters;
+  static constexpr int kProducerRegisters = 48;  // all that those who compute leave
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
@@ -46,6 +44,7 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     device::Ring<kBwdStages> added_ring;  // to dq
     device::Ring<1> landings[2];          // of the two warps that load
     ToldTile told[kBwdStages];
+    SharedDropout dropout[Base::kMathWarpgroups];  // of the warps that find what is kept
     Work work[kWorkStages];
 
     // For what comes with a tile of queries, until q_ring is filled.

@@ -35,6 +35,7 @@
 #include "sm90/bwd_wide_general_traits.h"
 #include "sm90/bwd_wide_gradient.cuh"
 #include "sm90/bwd_wide_load.cuh"
+#include "sm90/kept_pairs.cuh"
 #include "sm90/score_bias.cuh"
 #include "sm90/score_terms.cuh"
 #include "sm90/seen_pairs_of_lane.cuh"
@@ -72,8 +73,12 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
   const bool has_bias = rules.bias.data != nullptr;
   const float softmax_scale = static_cast<float>(params.softmax_scale);
   const bool has_alibi = rules.terms.alibi.data != nullptr;
+  const auto softcap = static_cast<float>(rules.terms.softcap);
+  const bool caps = Traits::kHasSoftcap && softcap != 0;
+  const Dropout& dropout = rules.terms.dropout;
+  const bool drops = dropout.any();
   const float scale_log2 =  // what is left to do
-      has_bias || has_alibi ? kLog2E : softmax_scale * kLog2E;
+      has_bias || has_alibi || caps ? kLog2E : softmax_scale * kLog2E;
   const bool is_deterministic = params.workspace.turns != nullptr;
 
   device::RingPosition<kWorkStages> work_at;
@@ -152,6 +157,11 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       if (late >= 0) {
         add_last_dq();
       }
+      KeptKeys<Scores::kCols> kept;
+      if (drops) {
+        kept.find(DropoutOfHead(dropout, origin.batch, origin.head, params.shape.num_heads),
+                  origin.first_query, origin.first_key);
+      }
       // What is read from global memory queues up: there are no registers for it before.
       find_seen.template operator()<SeenBy::kData>();
       if (has_bias && !maps.loads_bias) {
@@ -170,9 +180,26 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
         }
       }
 
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_pin(r_p.r[0]);
+      const auto finish_dp = [&] {  // which becomes dp - delta
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(r_ds.r[0]);
+        if (drops) {
+          kept.keep(r_ds, static_cast<float>(dropout.scale));
+        }
+        r_ds.transform([&](float dp, int row, int, int) { return dp - delta[row]; });
+      };
       float scale = softmax_scale;
+      if constexpr (Traits::kHasSoftcap) {  // whose derivative is not to be kept
+        finish_dp();
+        ptx::wgmma_pin(r_p.r[0]);
+        if (caps) {
+          cap_scores(r_p, r_ds, softmax_scale, softcap);
+          scale = 1.0f;
+        }
+      } else {
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_pin(r_p.r[0]);
+      }
       if (has_alibi) {
         add_alibi<false>(r_p, scale, rules.terms.alibi.at<const float>(origin.batch, origin.head),
                          origin.first_query + s_work.window.offset() - origin.first_key);
@@ -193,7 +220,10 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       if (tile.is_mixed()) {
         seen.keep(r_p);
       }
-      const auto r_p_elements = device::to_operand<Element>(r_p);
+      auto r_p_elements = device::to_operand<Element>(r_p);
+      if (drops) {
+        kept.drop(r_p_elements);
+      }
       at.wait_empty(s.p_ring);
       if (has_bias) {
         ptx::barrier_sync<device::kWarpgroupThreads>(kBarrier);  // all have read it
@@ -203,20 +233,15 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       // delta may be on its way: warpgroup 3 releases this stage too, after ds, which needs it.
       at.release(s.q_ring);
 
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(r_ds.r[0]);
+      if constexpr (!Traits::kHasSoftcap) {
+        finish_dp();
+      }
       at.release(s.dout_ring);
       if (is_last) {
         keys_at.release(s.v_ring);
       }
-#pragma unroll
-      for (int block = 0; block < Scores::kColBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& ds = r_ds.r[0][block][i];
-          ds = r_p.r[0][block][i] * (ds - delta[i / 2]);
-        }
-      }
+      r_ds.transform(
+          [&](float difference, int, int block, int i) { return r_p.r[0][block][i] * difference; });
       if (tile.is_mixed()) {  // dp of a hidden pair may be infinite
         seen.keep(r_ds);
       }
@@ -296,7 +321,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     differentiate_visible_scores<Traits>(params, maps, s);
   } else if (warpgroup == 2) {
     ptx::grow_registers<Traits::kGradientRegisters>();
-    sum_key_gradient<Traits>(params, s, s.p, s.p_ring, s.dout, s.dout_ring, 1.0f, params.dv,
+    sum_key_gradient<Traits>(params, s, s.p, s.p_ring, s.dout, s.dout_ring,
+                             static_cast<float>(params.rules.terms.dropout.scale), params.dv,
                              params.shape.head_dim_v, tiles_of);
   } else if (warpgroup == 3) {
     ptx::grow_registers<Traits::kGradientRegisters>();

@@ -17,6 +17,7 @@ struct WideGeneralBwdTraits : WideRowTraits<kRow> {
   using Keys = typename Base::template Rows<Base::kTileN>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
+  static constexpr bool kHasSoftcap = Base::kConfig.has_softcap();
   static constexpr bool kHasRoomForBits = true;  // beside a bias
   static constexpr bool kHoldsPlace = false;     // of what is loaded: those who load have too few
                                                  // registers

@@ -51,7 +51,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
   const ScoreTerms& terms = rules.terms;
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool caps = Traits::kHasSoftcap && terms.softcap != 0;
-  const bool drops = Traits::kHasDropout && terms.dropout.any();
+  const bool drops = terms.dropout.any();
   float* s_bias_of_lane = s.floats_of_warp(warp_row) + ptx::lane_index();
 
   DbiasSums<Scores, Traits::kParts> r_sums;

@@ -156,10 +156,9 @@ class PairFinder {
     }
     seen.find([&](int half) {
       const auto row = static_cast<int>(ptx::opaque(row_));
-      SeenPairsOfWarp<kTileN> found(s_work.prefix_window(params_),
-                                    s_work.first_query + row + half * ptx::kWarpSize,
-                                    s_work.queries.length,
-                                    static_cast<int>(ptx::opaque(first_key)));
+      SeenPairsOfWarp<kTileN> found(
+          s_work.prefix_window(params_), s_work.first_query + row + half * ptx::kWarpSize,
+          s_work.queries.length, static_cast<int>(ptx::opaque(first_key)));
       found.keep_masks(params_.rules, s_work.tile.batch, s_work.tile.head);
       return found;
     });
@@ -176,10 +175,10 @@ class PairFinder {
       const int first_query = s_work.first_query + row_;
       const int first_key = tile * kTileN;
       const KeepMask& mask = params_.rules.masks[0];
-      of_mask.load(mask,
-                   mask.of_head<const uint8_t>(item.batch, item.head) +
-                       mask.offset(first_query, first_key),
-                   params_.shape.seqlen_q - first_query, params_.shape.seqlen_k - first_key);
+      of_mask.load(
+          mask,
+          mask.of_head<const uint8_t>(item.batch, item.head) + mask.offset(first_query, first_key),
+          params_.shape.seqlen_q - first_query, params_.shape.seqlen_k - first_key);
     }
   }
 
@@ -277,6 +276,11 @@ FA_DEVICE void find_kept_pairs(const FwdParams& params, typename Traits::SharedM
     if (s_work.is_end()) {
       break;
     }
+    SharedDropout& s_dropout = s.dropout[warpgroup];
+    __syncwarp();  // all lanes have read that of the item before
+    s_dropout.store(DropoutOfHead(params.rules.terms.dropout, s_work.tile.batch, s_work.tile.head,
+                                  params.shape.num_heads));
+    __syncwarp();
     for (bool is_last = false; !is_last; k_at.advance()) {
       k_at.wait(s.k_ring);
       const KeyTile key_tile = s.key_tiles[k_at.stage()];
@@ -303,13 +307,11 @@ FA_DEVICE void find_kept_pairs(const FwdParams& params, typename Traits::SharedM
         seen_at.fill(s.seen_ring[warpgroup]);
         seen_at.advance();
       }
-      const DropoutOfHead dropout(params.rules.terms.dropout, s_work.tile.batch, s_work.tile.head,
-                                  params.shape.num_heads);
       at.wait_empty(s.kept_ring[warpgroup]);
 #pragma unroll 1
       for (int warp = 0; warp < Traits::kWarpgroupWarps; ++warp) {
         const int row = warpgroup * device::kWarpgroupRows + warp * device::kBlockRows;
-        Traits::Kept::find_for(dropout, s_work.first_query + row,
+        Traits::Kept::find_for(s_dropout, s_work.first_query + row,
                                key_tile.tile() * Traits::kTileN,
                                Traits::SharedMemory::kept_in(s.bias[warpgroup], at.stage(), warp));
       }

@@ -83,7 +83,8 @@ struct GeneralFwdTraits {
     device::Ring<1> bias_ring[kMathWarpgroups];
     device::Ring<1> seen_ring[kMathWarpgroups];  // of mixed tiles alone
     device::Ring<kKeptStages> kept_ring[kMathWarpgroups];
-    KeyTile key_tiles[kKvStages];                // of the stages of keys
+    KeyTile key_tiles[kKvStages];            // of the stages of keys
+    SharedDropout dropout[kMathWarpgroups];  // of the warps that find what is kept
     GeneralFwdWork work[kWorkStages];
 
     // In place of 16 rows of a bias, half as many floats: the first of this lane.

@@ -4,6 +4,8 @@
 // they are wanted. Where there is no place for them, those who compute find them by themselves.
 #pragma once
 
+#include <bit>
+
 #include "common/philox.h"
 #include "device/fragment.cuh"
 
@@ -65,11 +67,33 @@ struct KeptNeighbours {
         right{of_right.bits.x, of_right.bits.y, of_right.bits.z, of_right.bits.w} {}
 };
 
-// The same, with the keys of all rounds in uniform registers.
-FA_DEVICE DropoutOfHead uniform(const DropoutOfHead& dropout) {
-  return dropout.with_key({static_cast<uint32_t>(ptx::uniform(static_cast<int>(dropout.key().x))),
-                           static_cast<uint32_t>(ptx::uniform(static_cast<int>(dropout.key().y)))});
-}
+// What is read from shared memory whenever it is wanted, and not kept in registers.
+class SharedDropout {
+ public:
+  FA_DEVICE void store(const DropoutOfHead& dropout) {
+    const auto words = std::bit_cast<Words>(dropout);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words_[i] = words.of[i];
+    }
+  }
+  FA_DEVICE DropoutOfHead load() const {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words.of[i] = static_cast<const volatile uint32_t&>(words_[i]);
+    }
+    return std::bit_cast<DropoutOfHead>(words);
+  }
+
+ private:
+  static constexpr int kWords = sizeof(DropoutOfHead) / sizeof(uint32_t);
+  struct Words {
+    uint32_t of[kWords];
+  };
+
+  uint32_t words_[kWords];
+};
 
 // Of a warp's 16 queries and kKeys keys. The queries begin at a multiple of 16, the keys of 32.
 template <int kKeys>
@@ -87,11 +111,11 @@ class KeptKeys {
   }
 
   // For another warp. s_words: its own.
-  static FA_DEVICE void find_for(const DropoutOfHead& dropout, int first_query, int first_key,
+  static FA_DEVICE void find_for(const SharedDropout& s_dropout, int first_query, int first_key,
                                  uint32_t* s_words) {
 #pragma unroll 1
     for (int word = 0; word < kWords; ++word) {
-      word_of(dropout, first_query, first_key + word * kKeysOfWord)
+      word_of(s_dropout.load(), first_query, first_key + word * kKeysOfWord)
           .store(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
     }
   }
@@ -102,7 +126,13 @@ class KeptKeys {
     }
   }
 
-  // What is dropped becomes 0.
+  // What is dropped becomes 0; the first also scales what is kept.
+  FA_DEVICE void keep(device::Accumulator<device::kBlockRows, kKeys>& r_values, float scale) const {
+    r_values.transform([&](float value, int row, int block, int i) {
+      const int quad = block / 4 % 2 * 4 + 2 * row + block % 4 / 2;
+      return quads_[block / 8].keeps(quad, block % 2 * 2 + i % 2) ? value * scale : 0.0f;
+    });
+  }
   template <typename Element>
   FA_DEVICE void drop(device::OperandA<Element, device::kBlockRows, kKeys>& r_p) const {
 #pragma unroll
@@ -122,16 +152,14 @@ class KeptKeys {
   static constexpr int kSlice = 32;  // of keys: that of a patch
   static_assert(kKeys % kKeysOfWord == 0);
 
-  static FA_DEVICE KeptQuads word_of(const DropoutOfHead& dropout, int first_query,
-                                     int first_key) {
+  static FA_DEVICE KeptQuads word_of(const DropoutOfHead& dropout, int first_query, int first_key) {
     const int query = first_query + ptx::lane_index() / 4;
     const int key = first_key + ptx::lane_index() % 4 * 2;
-    const DropoutOfHead here = uniform(dropout);
     KeptQuads quads;
 #pragma unroll
     for (int slice = 0; slice < kKeysOfWord; slice += kSlice) {
-      const KeptNeighbours bits(here.patch(query, key + slice),
-                                here.patch(query, key + slice + 1));
+      const KeptNeighbours bits(dropout.patch(query, key + slice),
+                                dropout.patch(query, key + slice + 1));
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         quads.push(bits.left[word], bits.right[word], dropout.threshold());
@@ -155,35 +183,36 @@ class KeptQueries {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       KeptQuads quads;
-      each_neighbours(dropout, first_query, first_key, word, [&](const KeptNeighbours& bits) {
+      each_neighbours([&] { return dropout; }, first_query, first_key, word,
+                      [&](const KeptNeighbours& bits, uint32_t threshold) {
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          quads.push(is_second ? bits.left[2 * block + 1] : bits.left[2 * block],
-                     is_second ? bits.right[2 * block + 1] : bits.right[2 * block],
-                     dropout.threshold());
-        }
-      });
+                        for (int block = 0; block < 2; ++block) {
+                          quads.push(is_second ? bits.left[2 * block + 1] : bits.left[2 * block],
+                                     is_second ? bits.right[2 * block + 1] : bits.right[2 * block],
+                                     threshold);
+                        }
+                      });
       quads_[word] = quads;
     }
   }
 
   // For two warps, which have all keys of the patches: first_key is a multiple of 32. s_words: of
   // the first warp.
-  static FA_DEVICE void find_for_two(const DropoutOfHead& dropout, int first_query, int first_key,
+  static FA_DEVICE void find_for_two(const SharedDropout& s_dropout, int first_query, int first_key,
                                      uint32_t* s_words) {
 #pragma unroll 1
     for (int word = 0; word < kWords; ++word) {
       KeptQuads quads[2];
-      each_neighbours(dropout, first_query, first_key, word, [&](const KeptNeighbours& bits) {
+      each_neighbours([&] { return s_dropout.load(); }, first_query, first_key, word,
+                      [&](const KeptNeighbours& bits, uint32_t threshold) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          quads[i % 2].push(bits.left[i], bits.right[i], dropout.threshold());
-        }
-      });
+                        for (int i = 0; i < 4; ++i) {
+                          quads[i % 2].push(bits.left[i], bits.right[i], threshold);
+                        }
+                      });
 #pragma unroll
       for (int warp = 0; warp < 2; ++warp) {
-        quads[warp].store(
-            s_words[warp * kWordsOfWarp + word * ptx::kWarpSize + ptx::lane_index()]);
+        quads[warp].store(s_words[warp * kWordsOfWarp + word * ptx::kWarpSize + ptx::lane_index()]);
       }
     }
   }
@@ -201,8 +230,7 @@ class KeptQueries {
     });
   }
   template <typename Element>
-  FA_DEVICE void drop(
-      device::OperandA<Element, device::kBlockRows, Scores::kCols>& r_p) const {
+  FA_DEVICE void drop(device::OperandA<Element, device::kBlockRows, Scores::kCols>& r_p) const {
 #pragma unroll
     for (int block = 0; block < Scores::kColBlocks; ++block) {
 #pragma unroll
@@ -216,18 +244,19 @@ class KeptQueries {
   static_assert(Scores::kRowBlocks == 1 && Scores::kCols % 64 == 0);
 
   // Visits two blocks of 8 queries at a time of the 64 of a word, in order; few calls' registers at
-  // a time.
-  template <typename Visit>
-  static FA_DEVICE void each_neighbours(const DropoutOfHead& dropout, int first_query,
-                                        int first_key, int word, Visit&& visit) {
-    const DropoutOfHead here = uniform(dropout);
+  // a time. dropout_of(): for them.
+  template <typename DropoutOf, typename Visit>
+  static FA_DEVICE void each_neighbours(DropoutOf&& dropout_of, int first_query, int first_key,
+                                        int word, Visit&& visit) {
     const uint32_t lane = ptx::opaque(ptx::lane_index());  // nothing of it is kept
     const int query = first_query + 64 * word + static_cast<int>(lane % 4 * 2);
     const int key = first_key + static_cast<int>(lane / 4);
 #pragma unroll 1
     for (int queries = 0; queries < 64; queries += device::kBlockRows) {
-      visit(KeptNeighbours(here.patch(query + queries, key),
-                           here.patch(query + queries + 1, key)));
+      const DropoutOfHead dropout = dropout_of();
+      visit(KeptNeighbours(dropout.patch(query + queries, key),
+                           dropout.patch(query + queries + 1, key)),
+            dropout.threshold());
     }
   }
 

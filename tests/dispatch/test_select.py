@@ -37,7 +37,6 @@ def decide(**changes: Any) -> dict[str, Any]:
         "window_right": -1,
         "general_scores": False,
         "softcap": False,
-        "dropout": False,
         "on_cuda": True,
         "compute_capability": CAPABILITIES[0] if CAPABILITIES else 0,
         "smem_opt_in": 227 * 1024,
@@ -205,8 +204,8 @@ def test_reasons_name_every_row_of_the_pass() -> None:
 
 def test_the_table_tells_how_a_row_is_tiled() -> None:
     fields = (
-        "name family pass dtype head_dim mask score softcap dropout tile_m tile_n warps "
-        "blocks smem_bytes built"
+        "name family pass dtype head_dim mask score softcap tile_m tile_n warps blocks "
+        "smem_bytes built"
     )
     for row in _C.kernel_table():
         assert set(row) == set(fields.split())

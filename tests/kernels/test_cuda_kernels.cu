@@ -424,8 +424,7 @@ bool runs(const KernelConfig& config, const Case& test) {
     return false;
   }
   const TermSpec& terms = test.rules.terms;
-  if ((terms.softcap != 0 && !config.has_softcap()) ||
-      (terms.dropout_p > 0 && !config.has_dropout())) {
+  if (terms.softcap != 0 && !config.has_softcap()) {
     return false;
   }
   return nearest != all.end() && (config.mask == MaskMode::kWindow || full) &&

@@ -45,7 +45,6 @@ def test_rows_without_terms_say_so(pass_name: str) -> None:
         window_right=-1,
         general_scores=True,
         softcap=True,
-        dropout=False,
         on_cuda=True,
         compute_capability=capability,
         smem_opt_in=227 * 1024,

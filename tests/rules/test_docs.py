@@ -47,7 +47,6 @@ def test_tables_choose_as_selection_does(pass_name: str) -> None:
                     window_right=0,
                     general_scores=False,
                     softcap=False,
-                    dropout=False,
                     on_cuda=True,
                     compute_capability=90 if on_hopper else capabilities[0],
                     smem_opt_in=kib * 1024,

@@ -26,8 +26,6 @@ class Feature:
             return False
         if "softcap" in arguments and not row["softcap"]:
             return False
-        if "dropout_p" in arguments and not row["dropout"]:
-            return False
         return row["score"] != "plain" or not arguments & set(RULES)
 
 
