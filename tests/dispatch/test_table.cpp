@@ -24,7 +24,6 @@ constexpr int kLargestFloat32HeadDim = 256;  // of sm80
 
 // With kernels for Hopper alone.
 constexpr int kLargestHeadDimOfHopper = 256;
-constexpr int kLargestNarrowHeadDim = 128;
 
 struct Choice {
   Family family;
@@ -80,9 +79,6 @@ void check_choices() {
         }
         if (head_dim <= kLargestHeadDimOfHopper) {
           for (const ScoreMode score : {kPlain, kRules, kGeneral}) {
-            if (score == kGeneral && pass == kBackward && head_dim > kLargestNarrowHeadDim) {
-              continue;  // sm80's row runs it
-            }
             check({kSm90, pass, kBFloat16, head_dim, full_mask, score, kSmemOptIns[2]});
             check({kSm90, pass, kFloat16, head_dim, full_mask, score, kSmemOptIns[2]});
           }
