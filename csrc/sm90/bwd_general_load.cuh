@@ -247,17 +247,18 @@ FA_DEVICE void find_kept_pairs(const BwdParams& params, typename Traits::SharedM
     for (bool is_last = !s_work.has_visible_tiles; !is_last; at.advance()) {
       at.wait(s.q_ring);
       const ToldTile& s_told = s.told[at.stage()];
-      is_last = s_told.is_last();
       SharedDropout& s_dropout = s.dropout[warpgroup];
       s_dropout.store(DropoutOfHead(params.rules.terms.dropout, s_work.tile.batch, s_told.head,
                                     params.shape.num_heads));
       __syncwarp();
 #pragma unroll 1
-      for (int warp = warpgroup * kWarps; warp < (warpgroup + 1) * kWarps; warp += 2) {
+      for (int i = 0; i < kWarps / 2 * Traits::Kept::kWords; ++i) {
+        const int warp = warpgroup * kWarps + i / Traits::Kept::kWords * 2;
         Traits::Kept::find_for_two(s_dropout, s_told.tile() * Traits::kTileM,
                                    s_work.first_key + warp * device::kBlockRows,
-                                   s.kept_of(at.stage(), warp));
+                                   i % Traits::Kept::kWords, s.kept_of(at.stage(), warp));
       }
+      is_last = s_told.is_last();
       at.fill(s.kept_ring);
       __syncwarp();  // all lanes have read s_dropout
     }

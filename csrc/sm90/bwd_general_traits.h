@@ -13,7 +13,7 @@ template <int kRow>
 struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Base = NarrowBwdTraits<kRow>;
   static constexpr bool kHasSoftcap = Base::kConfig.has_softcap();
-  static constexpr int kProducerRegisters = 48;  // all that those who compute leave
+  static constexpr int kProducerRegisters = 40;
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;

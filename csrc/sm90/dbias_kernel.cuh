@@ -52,7 +52,10 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool caps = Traits::kHasSoftcap && terms.softcap != 0;
   const bool drops = terms.dropout.any();
-  float* s_bias_of_lane = s.floats_of_warp(warp_row) + ptx::lane_index();
+  const auto bias_of_lane = [&] {
+    const auto row = static_cast<int>(ptx::opaque(warp_row));  // nothing of it is kept
+    return s.floats_of_warp(row) + ptx::lane_index();
+  };
 
   DbiasSums<Scores, Traits::kParts> r_sums;
   r_sums.clear();
@@ -155,7 +158,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
                                      window.seqlen_q(),
                                      first_key + warp_row,
                                      window.seqlen_k()};
-        bias.load_of_lane<Scores, kBiasAtOnce>(s_bias_of_lane);
+        bias.load_of_lane<Scores, kBiasAtOnce>(bias_of_lane());
       } else if (is_first && is_told(ToldScores::kBringsBias)) {
         held |= 1u << next_bias.stage();
         next_bias.wait(s.bias_ring);
@@ -186,7 +189,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
           release_bias(1u << stage);
         }
       } else {
-        add_bias_of_lane<Scores::kColBlocks>(r_p, scale, s_bias_of_lane);
+        add_bias_of_lane<Scores::kColBlocks>(r_p, scale, bias_of_lane());
       }
       ColumnValues<Scores> lse_log2;
       lse_log2.load(s_statistics.lse_log2 + row);

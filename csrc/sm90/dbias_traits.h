@@ -39,8 +39,6 @@ struct DbiasTraits : DbiasBase<kRow> {
   // one tile of the row or of two.
   static constexpr int kPartQueries = 64;
   static constexpr bool kHasSoftcap = table::kRows[kRow].has_softcap();
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kMathRegisters = 240;
   static constexpr int kParts = 2;
   static constexpr int kQueries = kParts * kPartQueries;
   static constexpr int kPartsOfTile = Base::kTileM / kPartQueries;

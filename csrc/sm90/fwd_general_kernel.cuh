@@ -94,7 +94,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                              bool is_ahead) {
     if (is_ahead == kLoadsAhead && key_tile.is_mixed()) {
       seen_at.wait(s.seen_ring[warpgroup]);
-      s.seen[warpgroup].load(r_seen, row_of_warp);
+      s.seen[warpgroup].load(r_seen, static_cast<int>(ptx::opaque(row_of_warp)));
     }
   };
 
@@ -121,8 +121,9 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     const auto find_kept = [&](typename Traits::Kept& r_kept, const KeyTile& key_tile) {
       if (is_told_kept) {
         kept_at.wait(s.kept_ring[warpgroup]);
+        const auto row = static_cast<int>(ptx::opaque(row_of_warp));  // nothing of it is kept
         r_kept.load(Traits::SharedMemory::kept_in(s.bias[warpgroup], kept_at.stage(),
-                                                  row_of_warp / device::kBlockRows));
+                                                  row / device::kBlockRows));
         __syncwarp();
         kept_at.release(s.kept_ring[warpgroup]);
         kept_at.advance();
@@ -132,8 +133,6 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                     warp_query, key_tile.tile() * kTileN);
       }
     };
-    const float slope =
-        has_alibi ? terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head) : 0.0f;
     // Turns the products of a tile into scores.
     const auto apply_rules = [&](Scores& r_scores, const KeyTile& key_tile,
                                  typename Seen::OfThread& r_seen) {
@@ -145,7 +144,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
       }
       if (has_alibi) {
         const WindowMask& window = s_work.window;
-        add_alibi<false>(r_scores, scale, slope,
+        add_alibi<false>(r_scores, scale,
+                         terms.alibi.at<const float>(s_work.tile.batch, s_work.tile.head),
                          warp_query + window.offset() - key_tile.tile() * kTileN);
         scale = 1.0f;
       }
@@ -301,7 +301,8 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row,
                                    s_work.tile.head, s_work.batch_of_queries(params)};
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-    store_through(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
+    const auto row = static_cast<int>(ptx::opaque(warpgroup_row));  // nothing of it is kept
+    store_through(r_elements, s.q[q_at.stage()], row, maps.out, origin, out_rows(),
                   warpgroup_barrier);
     q_at.advance();
     is_leaving = true;

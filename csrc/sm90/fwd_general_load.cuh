@@ -139,14 +139,16 @@ class PairFinder {
 
   FA_DEVICE PairFinder(const FwdParams& params, int warpgroup)
       : params_(params),
-        row_(warpgroup * device::kWarpgroupRows),
+        warpgroup_(warpgroup),
         rules_((PairBits::is_of(params.rules.masks[0]) ? kMask : 0) |
                (needs_pairs(params.rules) ? kMasks : 0) |
                (params.rules.document_ids != nullptr ? kDocuments : 0)) {}
 
-  // s_work: read and computed again rather than kept, for want of registers.
-  FA_DEVICE void find(Seen& seen, const GeneralFwdWork& s_work, int tile) const {
-    const int first_query = s_work.first_query + row_;
+  // work(): read and computed again rather than kept, for want of registers.
+  template <typename Work>
+  FA_DEVICE void find(Seen& seen, Work&& work, int tile) const {
+    const GeneralFwdWork& s_work = work();
+    const int first_query = s_work.first_query + row();
     const int first_key = tile * kTileN;
     if (!has(kMasks) &&
         s_work.prefix_window(params_).all({first_query, first_query + device::kWarpgroupRows},
@@ -155,11 +157,11 @@ class PairFinder {
       return;
     }
     seen.find([&](int half) {
-      const auto row = static_cast<int>(ptx::opaque(row_));
+      const GeneralFwdWork& s_again = work();
       SeenPairsOfWarp<kTileN> found(
-          s_work.prefix_window(params_), s_work.first_query + row + half * ptx::kWarpSize,
-          s_work.queries.length, static_cast<int>(ptx::opaque(first_key)));
-      found.keep_masks(params_.rules, s_work.tile.batch, s_work.tile.head);
+          s_again.prefix_window(params_), s_again.first_query + row() + half * ptx::kWarpSize,
+          s_again.queries.length, static_cast<int>(ptx::opaque(first_key)));
+      found.keep_masks(params_.rules, s_again.tile.batch, s_again.tile.head);
       return found;
     });
   }
@@ -170,9 +172,9 @@ class PairFinder {
     const WorkTile& item = s_work.tile;
     if (params_.pair_bits.words != nullptr) {
       of_mask.load(params_.pair_bits.tile(item.batch, item.head, item.tile, tile) +
-                   row_ * SeenPairs<kTileN>::kWords);
+                   row() * SeenPairs<kTileN>::kWords);
     } else if (has_mask()) {
-      const int first_query = s_work.first_query + row_;
+      const int first_query = s_work.first_query + row();
       const int first_key = tile * kTileN;
       const KeepMask& mask = params_.rules.masks[0];
       of_mask.load(
@@ -185,7 +187,7 @@ class PairFinder {
   FA_DEVICE bool has_documents() const { return has(kDocuments); }
   FA_DEVICE void load_queries(Documents& documents, const GeneralFwdWork& s_work) const {
     if (has_documents()) {
-      documents.load_queries(ids(s_work), s_work.first_query + row_, s_work.queries.length);
+      documents.load_queries(ids(s_work), s_work.first_query + row(), s_work.queries.length);
     }
   }
   FA_DEVICE void load_keys(Documents& documents, const GeneralFwdWork& s_work, int tile) const {
@@ -195,6 +197,9 @@ class PairFinder {
   }
 
  private:
+  FA_DEVICE int row() const {
+    return static_cast<int>(ptx::opaque(warpgroup_)) * device::kWarpgroupRows;
+  }
   enum Rule : uint32_t { kMask = 1, kMasks = 2, kDocuments = 4 };
   FA_DEVICE bool has(Rule rule) const { return (ptx::opaque(rules_) & rule) != 0; }
   FA_DEVICE const int32_t* ids(const GeneralFwdWork& s_work) const {
@@ -202,7 +207,7 @@ class PairFinder {
   }
 
   const FwdParams& params_;
-  int row_;
+  int warpgroup_;
   uint32_t rules_;  // in one register: a flag for each would be kept where there is no room
 };
 
@@ -230,7 +235,10 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
     for (int tile = -1;;) {
       typename Finder::Seen seen;
       if (tile >= 0) {
-        finder.find(seen, s.work[ptx::opaque(work_at.stage())], tile);
+        const auto work = [&]() -> const GeneralFwdWork& {
+          return s.work[ptx::opaque(work_at.stage())];
+        };
+        finder.find(seen, work, tile);
         if (finder.has_mask()) {
           seen.keep(of_mask);
         }
@@ -290,7 +298,7 @@ FA_DEVICE void find_kept_pairs(const FwdParams& params, typename Traits::SharedM
       }
       if (key_tile.is_mixed()) {
         typename Finder::Seen seen;
-        finder.find(seen, s_work, key_tile.tile());
+        finder.find(seen, [&]() -> const GeneralFwdWork& { return s_work; }, key_tile.tile());
         if (finder.has_mask()) {
           typename Finder::Seen of_mask;
           finder.load_mask(of_mask, s_work, key_tile.tile());

@@ -47,7 +47,7 @@ struct GeneralFwdTraits {
   static_assert(kTileM == kMathWarpgroups * device::kWarpgroupRows);
   static_assert(128 % kTileM == 0 && 128 % kTileN == 0);  // a tile lies in one block of a mask
   // A multiprocessor has 65536 registers; the producer leaves most of its own to the others.
-  static constexpr int kProducerRegisters = kHeadDim > 128 ? 64 : 80;
+  static constexpr int kProducerRegisters = kHeadDim > 128 ? 56 : 72;
   static constexpr int kMathRegisters = kHeadDim > 128 ? 224 : 216;
 
   // Whether those who find out which pairs are seen have registers to find what dropout keeps.

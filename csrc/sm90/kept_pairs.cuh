@@ -99,24 +99,27 @@ class SharedDropout {
 template <int kKeys>
 class KeptKeys {
  public:
-  static constexpr int kKeysOfWord = 64;
-  static constexpr int kWords = kKeys / kKeysOfWord;  // of a thread
+  static constexpr int kWords = kKeys / 64;  // of a thread
   static constexpr int kWordsOfWarp = kWords * ptx::kWarpSize;
 
   FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
 #pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      quads_[word] = word_of(dropout, first_query, first_key + word * kKeysOfWord);
+    for (int slice = 0; slice < kKeys / kSlice; ++slice) {
+      push(quads_[slice / 2], dropout, first_query, first_key + slice * kSlice);
     }
   }
 
   // For another warp. s_words: its own.
   static FA_DEVICE void find_for(const SharedDropout& s_dropout, int first_query, int first_key,
                                  uint32_t* s_words) {
-#pragma unroll 1
+#pragma unroll 1  // few registers
     for (int word = 0; word < kWords; ++word) {
-      word_of(s_dropout.load(), first_query, first_key + word * kKeysOfWord)
-          .store(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
+      KeptQuads quads;
+#pragma unroll 1
+      for (int slice = 2 * word; slice < 2 * (word + 1); ++slice) {
+        push(quads, s_dropout.load(), first_query, first_key + slice * kSlice);
+      }
+      quads.store(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
     }
   }
   FA_DEVICE void load(const uint32_t* s_words) {
@@ -150,22 +153,17 @@ class KeptKeys {
 
  private:
   static constexpr int kSlice = 32;  // of keys: that of a patch
-  static_assert(kKeys % kKeysOfWord == 0);
+  static_assert(kKeys % 64 == 0);
 
-  static FA_DEVICE KeptQuads word_of(const DropoutOfHead& dropout, int first_query, int first_key) {
+  static FA_DEVICE void push(KeptQuads& quads, const DropoutOfHead& dropout, int first_query,
+                             int first_key) {
     const int query = first_query + ptx::lane_index() / 4;
     const int key = first_key + ptx::lane_index() % 4 * 2;
-    KeptQuads quads;
+    const KeptNeighbours bits(dropout.patch(query, key), dropout.patch(query, key + 1));
 #pragma unroll
-    for (int slice = 0; slice < kKeysOfWord; slice += kSlice) {
-      const KeptNeighbours bits(dropout.patch(query, key + slice),
-                                dropout.patch(query, key + slice + 1));
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        quads.push(bits.left[word], bits.right[word], dropout.threshold());
-      }
+    for (int word = 0; word < 4; ++word) {
+      quads.push(bits.left[word], bits.right[word], dropout.threshold());
     }
-    return quads;
   }
 
   KeptQuads quads_[kWords];
@@ -196,24 +194,21 @@ class KeptQueries {
     }
   }
 
-  // For two warps, which have all keys of the patches: first_key is a multiple of 32. s_words: of
-  // the first warp.
-  static FA_DEVICE void find_for_two(const SharedDropout& s_dropout, int first_query, int first_key,
-                                     uint32_t* s_words) {
-#pragma unroll 1
-    for (int word = 0; word < kWords; ++word) {
-      KeptQuads quads[2];
-      each_neighbours([&] { return s_dropout.load(); }, first_query, first_key, word,
-                      [&](const KeptNeighbours& bits, uint32_t threshold) {
+  // A word for two warps, which have all keys of the patches: first_key is a multiple of 32.
+  // s_words: of the first warp.
+  static FA_DEVICE void find_for_two(const SharedDropout& s_dropout, int first_query,
+                                     int first_key, int word, uint32_t* s_words) {
+    KeptQuads quads[2];
+    each_neighbours([&] { return s_dropout.load(); }, first_query, first_key, word,
+                    [&](const KeptNeighbours& bits, uint32_t threshold) {
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                          quads[i % 2].push(bits.left[i], bits.right[i], threshold);
-                        }
-                      });
+                      for (int i = 0; i < 4; ++i) {
+                        quads[i % 2].push(bits.left[i], bits.right[i], threshold);
+                      }
+                    });
 #pragma unroll
-      for (int warp = 0; warp < 2; ++warp) {
-        quads[warp].store(s_words[warp * kWordsOfWarp + word * ptx::kWarpSize + ptx::lane_index()]);
-      }
+    for (int warp = 0; warp < 2; ++warp) {
+      quads[warp].store(s_words[warp * kWordsOfWarp + word * ptx::kWarpSize + ptx::lane_index()]);
     }
   }
   FA_DEVICE void load(const uint32_t* s_words) {

@@ -80,7 +80,9 @@ __global__ void kept_queries_kernel(const __grid_constant__ Dropout dropout, int
   if (ptx::warp_index() == 0) {
     s_dropout.store(of_head);
     __syncwarp();
-    Kept::find_for_two(s_dropout, first_query, first_key, s_words);
+    for (int word = 0; word < Kept::kWords; ++word) {
+      Kept::find_for_two(s_dropout, first_query, first_key, word, s_words);
+    }
   }
   __syncthreads();
   Kept told;
