@@ -160,7 +160,9 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
                                      window.seqlen_k()};
         bias.load_of_lane<Scores, kBiasAtOnce>(bias_of_lane());
       } else if (is_first && is_told(ToldScores::kBringsBias)) {
-        held |= 1u << next_bias.stage();
+        // In a uniform register.
+        held =
+            static_cast<uint32_t>(ptx::uniform(static_cast<int>(held | 1u << next_bias.stage())));
         next_bias.wait(s.bias_ring);
         next_bias.advance();
       }

@@ -301,7 +301,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row,
                                    s_work.tile.head, s_work.batch_of_queries(params)};
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-    const auto row = static_cast<int>(ptx::opaque(warpgroup_row));  // nothing of it is kept
+    const auto row = static_cast<int>(ptx::opaque(warpgroup_row));    // nothing of it is kept
     store_through(r_elements, s.q[q_at.stage()], row, maps.out, origin, out_rows(),
                   warpgroup_barrier);
     q_at.advance();

@@ -196,8 +196,8 @@ class KeptQueries {
 
   // A word for two warps, which have all keys of the patches: first_key is a multiple of 32.
   // s_words: of the first warp.
-  static FA_DEVICE void find_for_two(const SharedDropout& s_dropout, int first_query,
-                                     int first_key, int word, uint32_t* s_words) {
+  static FA_DEVICE void find_for_two(const SharedDropout& s_dropout, int first_query, int first_key,
+                                     int word, uint32_t* s_words) {
     KeptQuads quads[2];
     each_neighbours([&] { return s_dropout.load(); }, first_query, first_key, word,
                     [&](const KeptNeighbours& bits, uint32_t threshold) {
