@@ -18,10 +18,9 @@
 //   q             warp 1   those who compute; with statistics and bias
 //   dout          warp 1   those who compute
 //   ds            those who compute, for each other
-//   kept          warps 2, 3   those who compute: what dropout keeps (kept_pairs.cuh)
 //   turn          warp 2   those who compute, to add to dq
 //   added         those who compute, for warp 3
-// The last six have a stage for each tile of queries and advance together.
+// The last five have a stage for each tile of queries and advance together.
 //
 // Deterministic: as in the plain kernel, but that tiles of keys in which none of the queries sees
 // any have no turn.
@@ -142,7 +141,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
 
       const int first_query = tile.tile() * kTileM;
       typename Traits::Kept kept;
-      if (drops && !leaves_kept(params)) {
+      if (drops) {
         kept.find(
             DropoutOfHead(terms.dropout, s_work.tile.batch, tile.head, params.shape.num_heads),
             first_query, first_key + warp_row);
@@ -178,11 +177,6 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
       ptx::wgmma_commit();
 
-      if (leaves_kept(params)) {
-        at.wait(s.kept_ring);
-        const auto row = static_cast<int>(ptx::opaque(warp_row));  // nothing of it is kept
-        kept.load(s.kept_of(at.stage(), row / device::kBlockRows));
-      }
       float scale = softmax_scale;
       if constexpr (kEarly) {
         ptx::wgmma_wait<0>();
@@ -340,8 +334,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
          {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dk, &maps.dv, &maps.bias}) {
       ptx::prefetch_tensor_map(map);
     }
-    const bool has_more = params.workspace.turns != nullptr || leaves_kept(params);
-    const int helpers = has_more ? 3 : 1;  // load queries; keep turns or find what is kept
+    const int helpers = params.workspace.turns != nullptr ? 3 : 1;  // load queries, keep turns
     s.work_ring.init(Traits::kMathWarps + helpers, Traits::kMathWarpgroups);
     s.visible_ring.init(1);
     s.turn_ring.init(1);
@@ -351,7 +344,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.q_ring.init(Traits::kMathWarps);
     s.dout_ring.init(Traits::kMathWarps);
     s.ds_ring.init(Traits::kMathWarps, Traits::kMathWarps);
-    s.kept_ring.init(1, 2 * ptx::kWarpSize);  // nobody waits until it is empty
     for (auto& s_landing : s.landings) {
       s_landing.init(1);
     }
@@ -368,8 +360,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_visible_queries<Traits>(params, maps, s);
     } else if (params.workspace.turns != nullptr) {
       keep_turns_of_visible<Traits>(params, s, ptx::warp_index() == 2);
-    } else if (leaves_kept(params)) {
-      find_kept_pairs<Traits>(params, s, ptx::warp_index() - 2);
     }
   } else {
     ptx::grow_registers<Traits::kMathRegisters>();

@@ -228,43 +228,4 @@ FA_DEVICE void keep_turns_of_visible(const BwdParams& params, typename Traits::S
   }
 }
 
-// Finds out what dropout keeps of each tile that is told of, for the keys of a warpgroup, by one
-// warp. Those who compute wait for that before they are done with the tile, whose stage is thus
-// free for the next one.
-template <typename Traits>
-FA_DEVICE void find_kept_pairs(const BwdParams& params, typename Traits::SharedMemory& s,
-                               int warpgroup) {
-  constexpr int kWarps = device::kWarpgroupRows / device::kBlockRows;
-  device::RingPosition<kWorkStages> work_at;
-  device::RingPosition<kBwdStages> at;
-  for (;; work_at.advance()) {
-    work_at.wait(s.work_ring);
-    const auto& s_work = s.work[work_at.stage()];
-    if (s_work.is_end()) {
-      break;
-    }
-    work_at.wait(s.visible_ring);
-    for (bool is_last = !s_work.has_visible_tiles; !is_last; at.advance()) {
-      at.wait(s.q_ring);
-      const ToldTile& s_told = s.told[at.stage()];
-      SharedDropout& s_dropout = s.dropout[warpgroup];
-      s_dropout.store(DropoutOfHead(params.rules.terms.dropout, s_work.tile.batch, s_told.head,
-                                    params.shape.num_heads));
-      __syncwarp();
-#pragma unroll 1
-      for (int i = 0; i < kWarps / 2 * Traits::Kept::kWords; ++i) {
-        const int warp = warpgroup * kWarps + i / Traits::Kept::kWords * 2;
-        Traits::Kept::find_for_two(s_dropout, s_told.tile() * Traits::kTileM,
-                                   s_work.first_key + warp * device::kBlockRows,
-                                   i % Traits::Kept::kWords, s.kept_of(at.stage(), warp));
-      }
-      is_last = s_told.is_last();
-      at.fill(s.kept_ring);
-      __syncwarp();  // all lanes have read s_dropout
-    }
-    __syncwarp();
-    work_at.release(s.work_ring);
-  }
-}
-
 }  // namespace fa::sm90

@@ -13,7 +13,6 @@ template <int kRow>
 struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Base = NarrowBwdTraits<kRow>;
   static constexpr bool kHasSoftcap = Base::kConfig.has_softcap();
-  static constexpr int kProducerRegisters = 40;
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
@@ -39,12 +38,10 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     device::Ring<kBwdStages> q_ring;  // and statistics, bias and what is told of the tile
     device::Ring<kBwdStages> dout_ring;
     device::Ring<kBwdStages> ds_ring;
-    device::Ring<kBwdStages> kept_ring;   // what dropout keeps
     device::Ring<kBwdStages> turn_ring;   // to add to dq
     device::Ring<kBwdStages> added_ring;  // to dq
     device::Ring<1> landings[2];          // of the two warps that load
     ToldTile told[kBwdStages];
-    SharedDropout dropout[Base::kMathWarpgroups];  // of the warps that find what is kept
     Work work[kWorkStages];
 
     // For what comes with a tile of queries, until q_ring is filled.
@@ -55,10 +52,6 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
     // In place of a stage of a bias, where there is none: a tile's bits of a mask (PairBits).
     FA_DEVICE uint32_t* bits_of(int stage) {
       return reinterpret_cast<uint32_t*>(bias[stage].elements);
-    }
-    // Behind those bits: what dropout keeps, of a warp of those who compute.
-    FA_DEVICE uint32_t* kept_of(int stage, int warp) {
-      return bits_of(stage) + Base::kTileM * Base::kTileN / 32 + warp * Kept::kWordsOfWarp;
     }
     // In place of both stages of a bias that TMA does not bring: this lane's floats, each a warp's
     // width from the next, for scores of 16 keys.

@@ -7,7 +7,7 @@
 //   Whatever hides pairs of a mixed tile, a warp for each warpgroup finds it out and leaves a bit
 //   for each pair in shared memory (seen_pairs.cuh). It has what it found of the next mixed tile in
 //   registers when those who compute are done with one.
-//   What dropout keeps the same warp finds out, of all tiles (kept_pairs.cuh); in place of a bias.
+//   What dropout keeps those who compute find out under their products (kept_pairs.cuh).
 //   A bias of the inputs' dtype with consecutive keys comes by TMA, and has a stage of its own for
 //   each warpgroup, which is free again as soon as it has been added. Any other bias is read from
 //   global memory by those who compute.
@@ -54,7 +54,6 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
   const ScoreTerms& terms = rules.terms;
   const bool caps = Traits::kHasSoftcap && terms.softcap != 0;
   const bool drops = terms.dropout.any();
-  const bool is_told_kept = Traits::kLeavesKept && leaves_kept(params);
   const bool has_alibi = terms.alibi.data != nullptr;
   const bool scales_scores = has_bias || caps || has_alibi || softmax_scale < FLT_MIN;
   // As in the plain kernel.
@@ -68,7 +67,6 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
   device::RingPosition<Traits::kKvStages> v_at;
   device::RingPosition<1> bias_at;
   device::RingPosition<1> seen_at;
-  device::RingPosition<kKeptStages> kept_at;
   bool is_leaving = false;  // out, from the shared memory of its queries
   const auto finish_store = [&] {
     if (is_leaving) {
@@ -94,7 +92,9 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                              bool is_ahead) {
     if (is_ahead == kLoadsAhead && key_tile.is_mixed()) {
       seen_at.wait(s.seen_ring[warpgroup]);
-      s.seen[warpgroup].load(r_seen, static_cast<int>(ptx::opaque(row_of_warp)));
+      // Among the products' registers nothing of the address is kept.
+      const int row = kLoadsAhead ? static_cast<int>(ptx::opaque(row_of_warp)) : row_of_warp;
+      s.seen[warpgroup].load(r_seen, row);
     }
   };
 
@@ -119,15 +119,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                                           s_work.tile.head, params.shape.head_dim_v);
     };
     const auto find_kept = [&](typename Traits::Kept& r_kept, const KeyTile& key_tile) {
-      if (is_told_kept) {
-        kept_at.wait(s.kept_ring[warpgroup]);
-        const auto row = static_cast<int>(ptx::opaque(row_of_warp));  // nothing of it is kept
-        r_kept.load(Traits::SharedMemory::kept_in(s.bias[warpgroup], kept_at.stage(),
-                                                  row / device::kBlockRows));
-        __syncwarp();
-        kept_at.release(s.kept_ring[warpgroup]);
-        kept_at.advance();
-      } else if (drops) {
+      if (drops) {
         r_kept.find(DropoutOfHead(terms.dropout, s_work.tile.batch, s_work.tile.head,
                                   params.shape.num_heads),
                     warp_query, key_tile.tile() * kTileN);
@@ -302,7 +294,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
                                    s_work.tile.head, s_work.batch_of_queries(params)};
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
     const auto row = static_cast<int>(ptx::opaque(warpgroup_row));    // nothing of it is kept
-    store_through(r_elements, s.q[q_at.stage()], row, maps.out, origin, out_rows(),
+    store_through(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
                   warpgroup_barrier);
     q_at.advance();
     is_leaving = true;
@@ -332,7 +324,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       s.q_ring[warpgroup].init(1);
       s.bias_ring[warpgroup].init(Traits::kWarpgroupWarps);
       s.seen_ring[warpgroup].init(Traits::kWarpgroupWarps, ptx::kWarpSize);
-      s.kept_ring[warpgroup].init(Traits::kWarpgroupWarps, ptx::kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }
@@ -347,8 +338,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_general_queries<Traits>(params, maps, schedule, s);
     } else if (ptx::warp_index() == 1) {
       load_visible_tiles<Traits>(params, maps, s);
-    } else if (Traits::kLeavesKept && leaves_kept(params)) {
-      find_kept_pairs<Traits>(params, s, ptx::warp_index() - 2);
     } else {
       find_seen_pairs<Traits>(params, s, ptx::warp_index() - 2);
     }

@@ -11,8 +11,6 @@
 
 namespace fa::sm90 {
 
-inline constexpr int kKeptStages = 2;  // of what dropout keeps
-
 // What the warp that loads keys tells of a tile. Where an item has none, that is its last.
 struct KeyTile {
   int bits;
@@ -50,8 +48,6 @@ struct GeneralFwdTraits {
   static constexpr int kProducerRegisters = kHeadDim > 128 ? 56 : 72;
   static constexpr int kMathRegisters = kHeadDim > 128 ? 224 : 216;
 
-  // Whether those who find out which pairs are seen have registers to find what dropout keeps.
-  static constexpr bool kLeavesKept = kHeadDim <= 128;
   // Whether there are registers for a second p while the product of the first one runs; else the
   // rules alone are applied under it.
   static constexpr bool kOverlapsSoftmax = kHeadDim != 128;
@@ -82,19 +78,12 @@ struct GeneralFwdTraits {
     device::Ring<kKvStages> v_ring;
     device::Ring<1> bias_ring[kMathWarpgroups];
     device::Ring<1> seen_ring[kMathWarpgroups];  // of mixed tiles alone
-    device::Ring<kKeptStages> kept_ring[kMathWarpgroups];
-    KeyTile key_tiles[kKvStages];            // of the stages of keys
-    SharedDropout dropout[kMathWarpgroups];  // of the warps that find what is kept
+    KeyTile key_tiles[kKvStages];                // of the stages of keys
     GeneralFwdWork work[kWorkStages];
 
     // In place of 16 rows of a bias, half as many floats: the first of this lane.
     static FA_DEVICE float* floats_in(Bias& s_bias, int row) {
       return reinterpret_cast<float*>(s_bias.elements) + row * (kTileN / 2) + ptx::lane_index();
-    }
-    // In place of a bias: a stage of what dropout keeps, by a warp of those who compute.
-    static FA_DEVICE uint32_t* kept_in(Bias& s_bias, int stage, int warp) {
-      return reinterpret_cast<uint32_t*>(s_bias.elements) +
-             (stage * kWarpgroupWarps + warp) * Kept::kWordsOfWarp;
     }
   };
   static_assert(sizeof(Rows<kTileM>) % 1024 == 0 && sizeof(Rows<kTileN>) % 1024 == 0);

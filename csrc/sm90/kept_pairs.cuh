@@ -1,25 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which pairs dropout keeps (common/philox.h), as bits of a thread that computes. Warps that do not
-// compute find them while others multiply, and leave them in shared memory in the order in which
-// they are wanted. Where there is no place for them, those who compute find them by themselves.
+// Which pairs dropout keeps (common/philox.h), as bits of a thread that computes.
 #pragma once
-
-#include <bit>
 
 #include "common/philox.h"
 #include "device/fragment.cuh"
 
 namespace fa::sm90 {
-
-// Whether others leave them to those who compute: there they lie in place of a bias. In backward
-// the same warps keep the turns of deterministic runs.
-FA_DEVICE bool leaves_kept(const FwdParams& params) {
-  return params.rules.terms.dropout.any() && params.rules.bias.data == nullptr;
-}
-FA_DEVICE bool leaves_kept(const BwdParams& params) {
-  return params.rules.terms.dropout.any() && params.rules.bias.data == nullptr &&
-         params.workspace.turns == nullptr;
-}
 
 // Bits of eight quads, each of two pairs of neighbours, which an mma operand has in two registers:
 // bit 8 * i + q is that of value i of quad q.
@@ -43,9 +29,6 @@ class KeptQuads {
     return (bits_ & 1u << (8 * value + quad)) != 0;
   }
 
-  FA_DEVICE void store(uint32_t& s_word) const { s_word = bits_; }
-  FA_DEVICE void load(const uint32_t& s_word) { bits_ = s_word; }
-
  private:
   // Of each half of a word its topmost bit: whether the half is kept. Two are compared at a time.
   static FA_DEVICE uint32_t kept_halves(uint32_t values, uint32_t threshold) {
@@ -67,65 +50,16 @@ struct KeptNeighbours {
         right{of_right.bits.x, of_right.bits.y, of_right.bits.z, of_right.bits.w} {}
 };
 
-// What is read from shared memory whenever it is wanted, and not kept in registers.
-class SharedDropout {
- public:
-  FA_DEVICE void store(const DropoutOfHead& dropout) {
-    const auto words = std::bit_cast<Words>(dropout);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words_[i] = words.of[i];
-    }
-  }
-  FA_DEVICE DropoutOfHead load() const {
-    Words words;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words.of[i] = static_cast<const volatile uint32_t&>(words_[i]);
-    }
-    return std::bit_cast<DropoutOfHead>(words);
-  }
-
- private:
-  static constexpr int kWords = sizeof(DropoutOfHead) / sizeof(uint32_t);
-  struct Words {
-    uint32_t of[kWords];
-  };
-
-  uint32_t words_[kWords];
-};
-
 // Of a warp's 16 queries and kKeys keys. The queries begin at a multiple of 16, the keys of 32.
 template <int kKeys>
 class KeptKeys {
  public:
   static constexpr int kWords = kKeys / 64;  // of a thread
-  static constexpr int kWordsOfWarp = kWords * ptx::kWarpSize;
 
   FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
 #pragma unroll
     for (int slice = 0; slice < kKeys / kSlice; ++slice) {
       push(quads_[slice / 2], dropout, first_query, first_key + slice * kSlice);
-    }
-  }
-
-  // For another warp. s_words: its own.
-  static FA_DEVICE void find_for(const SharedDropout& s_dropout, int first_query, int first_key,
-                                 uint32_t* s_words) {
-#pragma unroll 1  // few registers
-    for (int word = 0; word < kWords; ++word) {
-      KeptQuads quads;
-#pragma unroll 1
-      for (int slice = 2 * word; slice < 2 * (word + 1); ++slice) {
-        push(quads, s_dropout.load(), first_query, first_key + slice * kSlice);
-      }
-      quads.store(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
-    }
-  }
-  FA_DEVICE void load(const uint32_t* s_words) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      quads_[word].load(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
     }
   }
 
@@ -174,47 +108,25 @@ template <typename Scores>
 class KeptQueries {
  public:
   static constexpr int kWords = Scores::kCols / 64;  // of a thread
-  static constexpr int kWordsOfWarp = kWords * ptx::kWarpSize;
 
   FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
     const bool is_second = first_key / device::kBlockRows % 2 != 0;  // half of a patch's keys
+    const int query = first_query + ptx::lane_index() % 4 * 2;
+    const int key = first_key + ptx::lane_index() / 4;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       KeptQuads quads;
-      each_neighbours([&] { return dropout; }, first_query, first_key, word,
-                      [&](const KeptNeighbours& bits, uint32_t threshold) {
+#pragma unroll 2
+      for (int queries = 64 * word; queries < 64 * (word + 1); queries += device::kBlockRows) {
+        const KeptNeighbours bits(dropout.patch(query + queries, key),
+                                  dropout.patch(query + queries + 1, key));
 #pragma unroll
-                        for (int block = 0; block < 2; ++block) {
-                          quads.push(is_second ? bits.left[2 * block + 1] : bits.left[2 * block],
-                                     is_second ? bits.right[2 * block + 1] : bits.right[2 * block],
-                                     threshold);
-                        }
-                      });
+        for (int i = 0; i < 4; i += 2) {
+          quads.push(is_second ? bits.left[i + 1] : bits.left[i],
+                     is_second ? bits.right[i + 1] : bits.right[i], dropout.threshold());
+        }
+      }
       quads_[word] = quads;
-    }
-  }
-
-  // A word for two warps, which have all keys of the patches: first_key is a multiple of 32.
-  // s_words: of the first warp.
-  static FA_DEVICE void find_for_two(const SharedDropout& s_dropout, int first_query, int first_key,
-                                     int word, uint32_t* s_words) {
-    KeptQuads quads[2];
-    each_neighbours([&] { return s_dropout.load(); }, first_query, first_key, word,
-                    [&](const KeptNeighbours& bits, uint32_t threshold) {
-#pragma unroll
-                      for (int i = 0; i < 4; ++i) {
-                        quads[i % 2].push(bits.left[i], bits.right[i], threshold);
-                      }
-                    });
-#pragma unroll
-    for (int warp = 0; warp < 2; ++warp) {
-      quads[warp].store(s_words[warp * kWordsOfWarp + word * ptx::kWarpSize + ptx::lane_index()]);
-    }
-  }
-  FA_DEVICE void load(const uint32_t* s_words) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      quads_[word].load(s_words[word * ptx::kWarpSize + ptx::lane_index()]);
     }
   }
 
@@ -237,23 +149,6 @@ class KeptQueries {
 
  private:
   static_assert(Scores::kRowBlocks == 1 && Scores::kCols % 64 == 0);
-
-  // Visits two blocks of 8 queries at a time of the 64 of a word, in order; few calls' registers at
-  // a time. dropout_of(): for them.
-  template <typename DropoutOf, typename Visit>
-  static FA_DEVICE void each_neighbours(DropoutOf&& dropout_of, int first_query, int first_key,
-                                        int word, Visit&& visit) {
-    const uint32_t lane = ptx::opaque(ptx::lane_index());  // nothing of it is kept
-    const int query = first_query + 64 * word + static_cast<int>(lane % 4 * 2);
-    const int key = first_key + static_cast<int>(lane / 4);
-#pragma unroll 1
-    for (int queries = 0; queries < 64; queries += device::kBlockRows) {
-      const DropoutOfHead dropout = dropout_of();
-      visit(KeptNeighbours(dropout.patch(query + queries, key),
-                           dropout.patch(query + queries + 1, key)),
-            dropout.threshold());
-    }
-  }
 
   KeptQuads quads_[kWords];
 };

@@ -22,8 +22,6 @@ constexpr int kHead = 2;
 constexpr int kNumHeads = 3;
 constexpr float kScale = 1.5f;
 
-constexpr int kSources = 2;  // found by itself, and by another
-
 // Of ones, what is kept of scaled values and of elements.
 template <typename Tile, typename Kept>
 __device__ void dump_kept(const Kept& kept, float* g_values, float* g_elements, int stride, int row,
@@ -48,47 +46,23 @@ __global__ void kept_keys_kernel(const __grid_constant__ Dropout dropout, int fi
                                  int first_key, float* g_values, float* g_elements) {
   using Kept = sm90::KeptKeys<kKeys>;
   using Tile = device::Accumulator<device::kBlockRows, kKeys>;
-  __shared__ sm90::SharedDropout s_dropout;
-  __shared__ uint32_t s_words[Kept::kWordsOfWarp];
   const DropoutOfHead of_head(dropout, kBatch, kHead, kNumHeads);
   Kept kept;
   kept.find(of_head, first_query, first_key);
   dump_kept<Tile>(kept, g_values, g_elements, kKeys, 0, 0);
-  s_dropout.store(of_head);
-  __syncwarp();
-  Kept::find_for(s_dropout, first_query, first_key, s_words);
-  __syncwarp();
-  Kept told;
-  told.load(s_words);
-  constexpr int kSize = device::kBlockRows * kKeys;
-  dump_kept<Tile>(told, g_values + kSize, g_elements + kSize, kKeys, 0, 0);
 }
 
-// Keys by queries, by two warps for 16 keys each; the first finds them for both.
+// Keys by queries, by two warps for 16 keys each.
 template <int kQueries>
 __global__ void kept_queries_kernel(const __grid_constant__ Dropout dropout, int first_query,
                                     int first_key, float* g_values, float* g_elements) {
   using Tile = device::Accumulator<device::kBlockRows, kQueries>;
   using Kept = sm90::KeptQueries<Tile>;
-  __shared__ sm90::SharedDropout s_dropout;
-  __shared__ uint32_t s_words[2 * Kept::kWordsOfWarp];
   const DropoutOfHead of_head(dropout, kBatch, kHead, kNumHeads);
   const int row = ptx::warp_index() * device::kBlockRows;
   Kept kept;
   kept.find(of_head, first_query, first_key + row);
   dump_kept<Tile>(kept, g_values, g_elements, kQueries, row, 0);
-  if (ptx::warp_index() == 0) {
-    s_dropout.store(of_head);
-    __syncwarp();
-    for (int word = 0; word < Kept::kWords; ++word) {
-      Kept::find_for_two(s_dropout, first_query, first_key, word, s_words);
-    }
-  }
-  __syncthreads();
-  Kept told;
-  told.load(s_words + ptx::warp_index() * Kept::kWordsOfWarp);
-  constexpr int kSize = 2 * device::kBlockRows * kQueries;
-  dump_kept<Tile>(told, g_values + kSize, g_elements + kSize, kQueries, row, 0);
 }
 
 template <auto kKernel>
@@ -102,21 +76,21 @@ void test_kept(const std::string& name, int warps, int cols, bool rows_are_keys)
       for (const int first_key : {0, 32, 1 << 20}) {
         const Dropout dropout = Dropout::of(dropout_p, rng_state.data);
         const DropoutOfHead of_head(dropout, kBatch, kHead, kNumHeads);
-        Managed<float> values(kSources * rows * cols, kUntouched);
-        Managed<float> elements(kSources * rows * cols, kUntouched);
+        Managed<float> values(rows * cols, kUntouched);
+        Managed<float> elements(rows * cols, kUntouched);
         run<kKernel>(1, 32 * warps, 0, dropout, first_query, first_key, values.data, elements.data);
         const auto keeps = [&](int r, int c) {
-          const int row = r % rows;
+          const int row = r;
           return of_head.keeps(first_query + (rows_are_keys ? c : row),
                                first_key + (rows_are_keys ? row : c));
         };
         const std::string where = concat(name, ", dropout of ", dropout_p, ", queries from ",
                                          first_query, ", keys from ", first_key);
         expect(
-            where, kSources * rows, cols, 0, [&](int r, int c) { return values[r * cols + c]; },
+            where, rows, cols, 0, [&](int r, int c) { return values[r * cols + c]; },
             [&](int r, int c) { return keeps(r, c) ? kScale : 0.0f; });
         expect(
-            where + ", elements", kSources * rows, cols, 0,
+            where + ", elements", rows, cols, 0,
             [&](int r, int c) { return elements[r * cols + c]; },
             [&](int r, int c) { return keeps(r, c) ? 1.0f : 0.0f; });
       }
