@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The operators: check, choose a row, allocate, launch.
+// What operators do: check, choose a row, allocate, launch.
 #include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
 #include <tuple>
 
+#include "api/attention.h"
 #include "api/launch.h"
 #include "api/rules.h"
 #include "api/sequences.h"
@@ -315,10 +316,6 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Argument& dout,
 
 }  // namespace
 
-// q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v alike with a
-// head_dim of its own -> out (batch, seqlen_q, heads, head_dim of v), softmax_lse (batch, heads,
-// seqlen_q). The forward pass is deterministic in any case: autograd under torch.compile hands the
-// argument on to the backward pass.
 std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tensor,
                                    const Tensor& v_tensor, std::optional<double> softmax_scale,
                                    int64_t window_left, int64_t window_right,
@@ -330,8 +327,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_tensor, const Tensor& k_tenso
                      plain_call(q, k, v, softmax_scale, window_left, window_right, allow_tf32), {});
 }
 
-// dout and out like the result, dlse (gradient of softmax_lse) and softmax_lse (batch, heads,
-// seqlen_q) -> dq, dk, dv.
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
@@ -348,8 +343,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                       deterministic, {});
 }
 
-// The same with sequences, rules and terms, and max_logit (heads), which has no elements where
-// nobody wants it. Packed, q is (1, total_q, heads, head_dim) and so on.
 std::tuple<Tensor, Tensor, Tensor> forward_general(
     const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
@@ -380,8 +373,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_general(
   return {out, softmax_lse, max_logit};
 }
 
-// -> dq, dk, dv, and the gradients of attn_bias, alibi_slopes and sinks, contiguous and like these,
-// or without elements where nobody wants them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
     const Tensor& dout_tensor, const std::optional<Tensor>& dlse_tensor, const Tensor& q_tensor,
     const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& out_tensor,
@@ -393,8 +384,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
     const std::optional<Tensor>& prefix_lens, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& rng_state, double softcap,
     double dropout_p, std::optional<double> softmax_scale, int64_t window_left,
-    int64_t window_right, bool deterministic, bool allow_tf32, bool needs_dbias,
-    bool needs_dslopes, bool needs_dsinks) {
+    int64_t window_right, bool deterministic, bool allow_tf32, bool needs_dbias, bool needs_dslopes,
+    bool needs_dsinks) {
   const Argument dout{"dout", dout_tensor};
   const Argument q{"q", q_tensor};
   const Argument k{"k", k_tensor};
@@ -428,61 +419,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_general(
 }
 
 }  // namespace fa::api
-
-#define FA_GENERAL_SCHEMA                                                                \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "   \
-  "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? block_mask, " \
-  "Tensor? document_ids, Tensor? prefix_lens, Tensor? alibi_slopes, Tensor? sinks, "     \
-  "Tensor? rng_state, float softcap, float dropout_p, "
-
-#define FA_SCALE_SCHEMA                                                                 \
-  "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic, " \
-  "bool allow_tf32"
-
-#define FA_FWD_SCHEMA \
-  "(Tensor q, Tensor k, Tensor v, " FA_SCALE_SCHEMA ") -> (Tensor out, Tensor softmax_lse)"
-
-#define FA_FWD_GENERAL_SCHEMA                                         \
-  "(Tensor q, Tensor k, Tensor v, " FA_GENERAL_SCHEMA FA_SCALE_SCHEMA \
-  ", bool needs_max_logit) -> (Tensor out, Tensor softmax_lse, Tensor max_logit)"
-
-#define FA_BWD_INPUTS \
-  "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-
-#define FA_BWD_SCHEMA FA_BWD_INPUTS FA_SCALE_SCHEMA ") -> (Tensor dq, Tensor dk, Tensor dv)"
-
-#define FA_BWD_GENERAL_SCHEMA                                          \
-  FA_BWD_INPUTS FA_GENERAL_SCHEMA FA_SCALE_SCHEMA                      \
-      ", bool needs_dbias, bool needs_dslopes, bool needs_dsinks) -> " \
-      "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsinks)"
-
-// An operator and its eager twin are the same. Python gives the former an autograd formula, which
-// tracing needs; eager calls have theirs outside the operators, and going around a formula takes
-// them longer than calling an operator that has none. The plain operators are the general ones
-// without what they would have to look at.
-STABLE_TORCH_LIBRARY(flash_attn_cuda, library) {
-  library.def("fwd" FA_FWD_SCHEMA);
-  library.def("fwd_eager" FA_FWD_SCHEMA);
-  library.def("bwd" FA_BWD_SCHEMA);
-  library.def("bwd_eager" FA_BWD_SCHEMA);
-  library.def("fwd_general" FA_FWD_GENERAL_SCHEMA);
-  library.def("fwd_general_eager" FA_FWD_GENERAL_SCHEMA);
-  library.def("bwd_general" FA_BWD_GENERAL_SCHEMA);
-  library.def("bwd_general_eager" FA_BWD_GENERAL_SCHEMA);
-}
-
-#define FA_IMPLEMENT(library)                                              \
-  library.impl("fwd", TORCH_BOX(&fa::api::forward));                       \
-  library.impl("fwd_eager", TORCH_BOX(&fa::api::forward));                 \
-  library.impl("bwd", TORCH_BOX(&fa::api::backward));                      \
-  library.impl("bwd_eager", TORCH_BOX(&fa::api::backward));                \
-  library.impl("fwd_general", TORCH_BOX(&fa::api::forward_general));       \
-  library.impl("fwd_general_eager", TORCH_BOX(&fa::api::forward_general)); \
-  library.impl("bwd_general", TORCH_BOX(&fa::api::backward_general));      \
-  library.impl("bwd_general_eager", TORCH_BOX(&fa::api::backward_general));
-
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CPU, library){FA_IMPLEMENT(library)}
-
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_cuda, CUDA, library) {
-  FA_IMPLEMENT(library)
-}

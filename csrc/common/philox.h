@@ -11,7 +11,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/types.h"
 
@@ -28,27 +27,23 @@ struct PhiloxKey {
 // Seven rounds pass every test of BigCrush (section 5.2 there); ten are its authors' default.
 inline constexpr int kDropoutRounds = 7;
 
-// The product of 64 bits. In CUDA C++ it would be one of 64-bit factors, with their upper halves.
-FA_HOST_DEVICE constexpr uint64_t multiply_wide(uint32_t x, uint32_t y) {
-#ifdef __CUDA_ARCH__
-  if (!std::is_constant_evaluated()) {
-    uint64_t product;
-    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
-    return product;
+// Two words' product of 64 bits. Kernels of GPUs have an instruction for it (ptx::MultiplyWide),
+// which the compiler does not find.
+struct Multiply {
+  FA_HOST_DEVICE constexpr uint64_t operator()(uint32_t x, uint32_t y) const {
+    return uint64_t{x} * y;
   }
-#endif
-  return uint64_t{x} * y;
-}
+};
 
-template <int kRounds>
+template <int kRounds, typename Product = Multiply>
 FA_HOST_DEVICE constexpr PhiloxCounter philox(PhiloxCounter counter, PhiloxKey key) {
   constexpr uint32_t kMultiplierX = 0xD2511F53;
   constexpr uint32_t kMultiplierZ = 0xCD9E8D57;
   constexpr uint32_t kWeylX = 0x9E3779B9;  // the golden ratio
   constexpr uint32_t kWeylY = 0xBB67AE85;  // sqrt(3) - 1
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t x = multiply_wide(kMultiplierX, counter.x);
-    const uint64_t z = multiply_wide(kMultiplierZ, counter.z);
+    const uint64_t x = Product{}(kMultiplierX, counter.x);
+    const uint64_t z = Product{}(kMultiplierZ, counter.z);
     counter = {static_cast<uint32_t>(z >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(z),
                static_cast<uint32_t>(x >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(x)};
     key = {key.x + kWeylX, key.y + kWeylY};
@@ -106,10 +101,13 @@ class DropoutOfHead {
   static FA_HOST_DEVICE constexpr int first_key(int key) { return key / 32 * 32 + key % 8; }
 
   // The patch that a pair is of.
+  template <typename Product = Multiply>
   FA_HOST_DEVICE constexpr DropoutPatch patch(int query, int key) const {
     const auto i = static_cast<uint32_t>(query);
     const auto j = static_cast<uint32_t>(key);
-    return {philox<kDropoutRounds>({i / 16 * 8 + i % 8, j / 32 * 8 + j % 8, head_, offset_}, key_)};
+    const PhiloxCounter bits = philox<kDropoutRounds, Product>(
+        {i / 16 * 8 + i % 8, j / 32 * 8 + j % 8, head_, offset_}, key_);
+    return {bits};
   }
 
   FA_HOST_DEVICE constexpr uint32_t threshold() const { return threshold_; }

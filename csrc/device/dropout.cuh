@@ -24,7 +24,7 @@ FA_DEVICE void each_decision(const DropoutOfHead& dropout, int first_query, int 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = first_key + Tile::col(first, i);
-        DropoutPatch patch = dropout.patch(first_query + Tile::row(2 * a), key);
+        DropoutPatch patch = dropout.patch<ptx::MultiplyWide>(first_query + Tile::row(2 * a), key);
         if (!kHasWhole && key % kPatchCols >= kPatchCols / 2) {  // the other half in its place
           patch.bits.x = patch.bits.y;
           patch.bits.z = patch.bits.w;

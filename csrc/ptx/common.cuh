@@ -51,6 +51,16 @@ FA_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y) {
   return result;
 }
 
+// x * y with all of its 64 bits.
+// PTX ISA, "Integer Arithmetic Instructions: mul".
+struct MultiplyWide {
+  FA_DEVICE uint64_t operator()(uint32_t x, uint32_t y) const {
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
+    return product;
+  }
+};
+
 // How many blocks the launch has, read here and not ahead of a loop.
 // PTX ISA, "Special Registers: %nctaid".
 FA_DEVICE uint32_t grid_size() {

@@ -93,7 +93,8 @@ class KeptKeys {
                              int first_key) {
     const int query = first_query + ptx::lane_index() / 4;
     const int key = first_key + ptx::lane_index() % 4 * 2;
-    const KeptNeighbours bits(dropout.patch(query, key), dropout.patch(query, key + 1));
+    const KeptNeighbours bits(dropout.patch<ptx::MultiplyWide>(query, key),
+                              dropout.patch<ptx::MultiplyWide>(query, key + 1));
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
       quads.push(bits.left[word], bits.right[word], dropout.threshold());
@@ -118,8 +119,8 @@ class KeptQueries {
       KeptQuads quads;
 #pragma unroll 2
       for (int queries = 64 * word; queries < 64 * (word + 1); queries += device::kBlockRows) {
-        const KeptNeighbours bits(dropout.patch(query + queries, key),
-                                  dropout.patch(query + queries + 1, key));
+        const KeptNeighbours bits(dropout.patch<ptx::MultiplyWide>(query + queries, key),
+                                  dropout.patch<ptx::MultiplyWide>(query + queries + 1, key));
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           quads.push(is_second ? bits.left[i + 1] : bits.left[i],

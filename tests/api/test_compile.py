@@ -68,7 +68,7 @@ def test_deterministic_reaches_both_passes(argument: bool, setting: bool) -> Non
     told = []
 
     def note(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        told.extend(n.args[-1] for n in graph.graph.nodes if "flash_attn_cuda" in str(n.target))
+        told.extend(n.args[-2] for n in graph.graph.nodes if "flash_attn_cuda" in str(n.target))
         return make_boxed_func(graph.forward)
 
     compiled = torch.compile(flash_attn_func, backend=aot_autograd(fw_compiler=note))
