@@ -225,7 +225,7 @@ class _Record(TorchDispatchMode):
         kwargs: dict[str, object] | None = None,
     ) -> Any:
         if func.namespace == "flash_attn_cuda":
-            self.deterministic.append(args[-1])
+            self.deterministic.append(args[-2])
         return func(*args, **(kwargs or {}))
 
 
