@@ -177,17 +177,25 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
       ptx::wgmma_commit();
 
-      float scale = softmax_scale;
-      if constexpr (kEarly) {
+      const auto finish_dp = [&] {  // which becomes dp - delta
+        ColumnValues<Scores> delta;
+        if (Traits::kLoadsStatisticsAhead) {
+          delta.load(s_statistics.delta);
+        }
         ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(r_p.r[0]);
         ptx::wgmma_pin(r_ds.r[0]);
+        if (!Traits::kLoadsStatisticsAhead) {
+          delta.load(s_statistics.delta);
+        }
         if (drops) {
           kept.keep(r_ds, static_cast<float>(terms.dropout.scale));
         }
-        ColumnValues<Scores> delta;
-        delta.load(s_statistics.delta);
         r_ds.transform([&](float dp, int, int block, int i) { return dp - delta.of(block, i); });
+      };
+      float scale = softmax_scale;
+      if constexpr (kEarly) {
+        finish_dp();
+        ptx::wgmma_pin(r_p.r[0]);
         if (caps) {
           cap_scores(r_p, r_ds, softmax_scale, static_cast<float>(terms.softcap));
           scale = 1.0f;
@@ -220,28 +228,11 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       if (tile.is_mixed()) {
         seen.keep(r_p);
       }
-      if constexpr (kEarly) {
-        r_ds.transform([&](float difference, int, int block, int i) {
-          return r_p.r[0][block][i] * difference;
-        });
-      }
       if constexpr (!kEarly) {
-        ColumnValues<Scores> delta;
-        if (Traits::kLoadsStatisticsAhead) {
-          delta.load(s_statistics.delta);
-        }
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(r_ds.r[0]);
-        if (!Traits::kLoadsStatisticsAhead) {
-          delta.load(s_statistics.delta);
-        }
-        if (drops) {
-          kept.keep(r_ds, static_cast<float>(terms.dropout.scale));
-        }
-        r_ds.transform([&](float dp, int, int block, int i) {
-          return r_p.r[0][block][i] * (dp - delta.of(block, i));
-        });
+        finish_dp();
       }
+      r_ds.transform(
+          [&](float difference, int, int block, int i) { return r_p.r[0][block][i] * difference; });
       if (tile.is_mixed()) {  // dp of a hidden pair may be infinite
         seen.keep(r_ds);
       }

@@ -93,7 +93,7 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     if (is_ahead == kLoadsAhead && key_tile.is_mixed()) {
       seen_at.wait(s.seen_ring[warpgroup]);
       // Among the products' registers nothing of the address is kept.
-      const int row = kLoadsAhead ? static_cast<int>(ptx::opaque(row_of_warp)) : row_of_warp;
+      const auto row = static_cast<int>(ptx::opaque(row_of_warp));
       s.seen[warpgroup].load(r_seen, row);
     }
   };
@@ -293,8 +293,9 @@ FA_DEVICE void attend_to_visible(const FwdParams& params, const GeneralFwdTensor
     const ptx::BoxOrigin origin = {0, s_work.queries.begin + first_query + warpgroup_row,
                                    s_work.tile.head, s_work.batch_of_queries(params)};
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);  // all have read their q
-    const auto row = static_cast<int>(ptx::opaque(warpgroup_row));    // nothing of it is kept
-    store_through(r_elements, s.q[q_at.stage()], warpgroup_row, maps.out, origin, out_rows(),
+    // Wide rows have no register to keep the address in.
+    const int row = kLoadsAhead ? warpgroup_row : static_cast<int>(ptx::opaque(warpgroup_row));
+    store_through(r_elements, s.q[q_at.stage()], row, maps.out, origin, out_rows(),
                   warpgroup_barrier);
     q_at.advance();
     is_leaving = true;

@@ -129,96 +129,19 @@ FA_DEVICE void load_visible_tiles(const FwdParams& params, const GeneralFwdTenso
   }
 }
 
-// Which pairs of tiles of keys are seen by the rows of a warpgroup, as a warp finds out.
-template <typename Traits>
-class PairFinder {
- public:
-  static constexpr int kTileN = Traits::kTileN;
-  using Seen = SeenPairsOfWarpgroup<kTileN>;
-  using Documents = DocumentsOfWarpgroup<kTileN>;
-
-  FA_DEVICE PairFinder(const FwdParams& params, int warpgroup)
-      : params_(params),
-        warpgroup_(warpgroup),
-        rules_((PairBits::is_of(params.rules.masks[0]) ? kMask : 0) |
-               (needs_pairs(params.rules) ? kMasks : 0) |
-               (params.rules.document_ids != nullptr ? kDocuments : 0)) {}
-
-  // work(): read and computed again rather than kept, for want of registers.
-  template <typename Work>
-  FA_DEVICE void find(Seen& seen, Work&& work, int tile) const {
-    const GeneralFwdWork& s_work = work();
-    const int first_query = s_work.first_query + row();
-    const int first_key = tile * kTileN;
-    if (!has(kMasks) &&
-        s_work.prefix_window(params_).all({first_query, first_query + device::kWarpgroupRows},
-                                          {first_key, first_key + kTileN})) {
-      seen.see_all();
-      return;
-    }
-    seen.find([&](int half) {
-      const GeneralFwdWork& s_again = work();
-      SeenPairsOfWarp<kTileN> found(
-          s_again.prefix_window(params_), s_again.first_query + row() + half * ptx::kWarpSize,
-          s_again.queries.length, static_cast<int>(ptx::opaque(first_key)));
-      found.keep_masks(params_.rules, s_again.tile.batch, s_again.tile.head);
-      return found;
-    });
-  }
-
-  // Of all pairs.
-  FA_DEVICE bool has_mask() const { return has(kMask); }
-  FA_DEVICE void load_mask(Seen& of_mask, const GeneralFwdWork& s_work, int tile) const {
-    const WorkTile& item = s_work.tile;
-    if (params_.pair_bits.words != nullptr) {
-      of_mask.load(params_.pair_bits.tile(item.batch, item.head, item.tile, tile) +
-                   row() * SeenPairs<kTileN>::kWords);
-    } else if (has_mask()) {
-      const int first_query = s_work.first_query + row();
-      const int first_key = tile * kTileN;
-      const KeepMask& mask = params_.rules.masks[0];
-      of_mask.load(
-          mask,
-          mask.of_head<const uint8_t>(item.batch, item.head) + mask.offset(first_query, first_key),
-          params_.shape.seqlen_q - first_query, params_.shape.seqlen_k - first_key);
-    }
-  }
-
-  FA_DEVICE bool has_documents() const { return has(kDocuments); }
-  FA_DEVICE void load_queries(Documents& documents, const GeneralFwdWork& s_work) const {
-    if (has_documents()) {
-      documents.load_queries(ids(s_work), s_work.first_query + row(), s_work.queries.length);
-    }
-  }
-  FA_DEVICE void load_keys(Documents& documents, const GeneralFwdWork& s_work, int tile) const {
-    if (has_documents()) {
-      documents.load_keys(ids(s_work), tile * kTileN, s_work.keys.length);
-    }
-  }
-
- private:
-  FA_DEVICE int row() const {
-    return static_cast<int>(ptx::opaque(warpgroup_)) * device::kWarpgroupRows;
-  }
-  enum Rule : uint32_t { kMask = 1, kMasks = 2, kDocuments = 4 };
-  FA_DEVICE bool has(Rule rule) const { return (ptx::opaque(rules_) & rule) != 0; }
-  FA_DEVICE const int32_t* ids(const GeneralFwdWork& s_work) const {
-    return params_.rules.document_ids + s_work.tile.batch * params_.rules.document_stride;
-  }
-
-  const FwdParams& params_;
-  int warpgroup_;
-  uint32_t rules_;  // in one register: a flag for each would be kept where there is no room
-};
-
 // Finds out which pairs of the mixed tiles are seen, of the rows of one warpgroup. It walks the
 // tiles by itself, so that nothing but the place for what it finds holds it up. The bits of a mask
 // and the documents of keys are on their way while those of the tile before it are used.
 template <typename Traits>
 FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedMemory& s,
                                int warpgroup) {
-  using Finder = PairFinder<Traits>;
-  const Finder finder(params, warpgroup);
+  constexpr int kTileN = Traits::kTileN;
+  const int row = warpgroup * device::kWarpgroupRows;
+  const ScoreRules& rules = params.rules;
+  const KeepMask& mask = rules.masks[0];  // of all pairs, if any is
+  const bool has_mask = PairBits::is_of(mask);
+  const bool has_documents = rules.document_ids != nullptr;
+  const bool has_masks = needs_pairs(rules);
   device::RingPosition<kWorkStages> work_at;
   device::RingPosition<1> at;
   for (;; work_at.advance()) {
@@ -227,29 +150,60 @@ FA_DEVICE void find_seen_pairs(const FwdParams& params, typename Traits::SharedM
     if (s_work.is_end()) {
       break;
     }
-    auto tiles = s_work.visible_tiles<Traits::kTileN>(params, Tiles::kMixed);
-    typename Finder::Seen of_mask;
-    typename Finder::Documents documents;
-    finder.load_queries(documents, s_work);
+    auto tiles = s_work.visible_tiles<kTileN>(params, Tiles::kMixed);
+    SeenPairsOfWarpgroup<kTileN> of_mask;
+    DocumentsOfWarpgroup<kTileN> documents;
+    const auto g_ids = [&] {
+      return rules.document_ids + s_work.tile.batch * rules.document_stride;
+    };
+    if (has_documents) {
+      documents.load_queries(g_ids(), s_work.first_query + row, s_work.queries.length);
+    }
 #pragma unroll 1
     for (int tile = -1;;) {
-      typename Finder::Seen seen;
+      SeenPairsOfWarpgroup<kTileN> seen;
       if (tile >= 0) {
-        const auto work = [&]() -> const GeneralFwdWork& {
-          return s.work[ptx::opaque(work_at.stage())];
-        };
-        finder.find(seen, work, tile);
-        if (finder.has_mask()) {
+        const int first_query = s_work.first_query + row;
+        const int first_key = tile * kTileN;
+        if (has_masks ||
+            !s_work.prefix_window(params).all({first_query, first_query + device::kWarpgroupRows},
+                                              {first_key, first_key + kTileN})) {
+          seen.find([&](int half) {
+            // Read and computed again rather than kept, for want of registers.
+            const GeneralFwdWork& s_again = s.work[ptx::opaque(work_at.stage())];
+            SeenPairsOfWarp<kTileN> found(
+                s_again.prefix_window(params), s_again.first_query + row + half * ptx::kWarpSize,
+                s_again.queries.length, static_cast<int>(ptx::opaque(first_key)));
+            found.keep_masks(rules, s_again.tile.batch, s_again.tile.head);
+            return found;
+          });
+        } else {
+          seen.see_all();
+        }
+        if (has_mask) {
           seen.keep(of_mask);
         }
-        if (finder.has_documents()) {
+        if (has_documents) {
           seen.keep(documents);
         }
       }
       tiles.advance();
       if (!tiles.done()) {
-        finder.load_mask(of_mask, s_work, tiles.tile());
-        finder.load_keys(documents, s_work, tiles.tile());
+        const WorkTile& item = s_work.tile;
+        if (params.pair_bits.words != nullptr) {
+          of_mask.load(params.pair_bits.tile(item.batch, item.head, item.tile, tiles.tile()) +
+                       row * SeenPairs<kTileN>::kWords);
+        } else if (has_mask) {
+          const int first_query = s_work.first_query + row;
+          const int first_key = tiles.tile() * kTileN;
+          of_mask.load(mask,
+                       mask.of_head<const uint8_t>(item.batch, item.head) +
+                           mask.offset(first_query, first_key),
+                       params.shape.seqlen_q - first_query, params.shape.seqlen_k - first_key);
+        }
+        if (has_documents) {
+          documents.load_keys(g_ids(), tiles.tile() * kTileN, s_work.keys.length);
+        }
       }
       if (tile >= 0) {
         at.wait_empty(s.seen_ring[warpgroup]);

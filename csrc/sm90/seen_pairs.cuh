@@ -45,13 +45,12 @@ struct SeenPairs {
   // Of a warp's 16 rows, of which the first is `row`: what a thread needs of its two.
   using OfThread = uint32_t[2];
   FA_DEVICE void load(OfThread& r_seen, int row) const {
-    const int lane = ptx::lane_index();
-    const int pair = lane % 4;  // of the columns of a block
+    const int pair = ptx::lane_index() % 4;  // of the columns of a block
     const int word = kWords == 4 ? pair % 2 * 2 + pair / 2 : pair % 2;
     const int shift = kWords == 4 ? 0 : pair / 2 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row_of_lane = device::kBlockRows / 2 * half + lane / 4;
+      const int row_of_lane = device::kBlockRows / 2 * half + ptx::lane_index() / 4;
       r_seen[half] = words[row + row_of_lane][word] >> shift;
     }
   }

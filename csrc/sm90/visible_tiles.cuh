@@ -20,7 +20,10 @@ class VisibleTiles {
  public:
   // among: that may be visible.
   FA_DEVICE VisibleTiles(Tiles which, Range among, const ClassOf& class_of)
-      : which_(which), class_of_(class_of), begin_(among.begin), next_(among.end - 1 + ptx::kWarpSize) {}
+      : which_(which),
+        class_of_(class_of),
+        begin_(among.begin),
+        next_(among.end - 1 + ptx::kWarpSize) {}
 
   FA_DEVICE void advance() {
     visible_ &= visible_ - 1;  // none, where there was none
@@ -53,7 +56,7 @@ class VisibleTiles {
   Tiles which_;
   ClassOf class_of_;
   int begin_;
-  int next_;  // the last tile not looked at
+  int next_;                              // the last tile not looked at
   TileClass ahead_ = TileClass::kHidden;  // of this lane's tile of those up to there
   int last_ = 0;                          // of those looked at, as bits:
   uint32_t visible_ = 0;

@@ -80,9 +80,8 @@ void test_kept(const std::string& name, int warps, int cols, bool rows_are_keys)
         Managed<float> elements(rows * cols, kUntouched);
         run<kKernel>(1, 32 * warps, 0, dropout, first_query, first_key, values.data, elements.data);
         const auto keeps = [&](int r, int c) {
-          const int row = r;
-          return of_head.keeps(first_query + (rows_are_keys ? c : row),
-                               first_key + (rows_are_keys ? row : c));
+          return of_head.keeps(first_query + (rows_are_keys ? c : r),
+                               first_key + (rows_are_keys ? r : c));
         };
         const std::string where = concat(name, ", dropout of ", dropout_p, ", queries from ",
                                          first_query, ", keys from ", first_key);
