@@ -5,9 +5,10 @@
 //
 // Bits come from Philox4x32 (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as
 // 1, 2, 3", 2011), 16 for each pair. The 128 bits of one call are a patch of 2 x 4 pairs,
-//   queries {i, i + 8} by keys {j, j + 8, j + 16, j + 24}, i % 16 < 8 and j % 32 < 8,
-// which one thread holds in an mma accumulator of 16 x 32 scores. Of transposed scores, where a
-// thread has pairs of neighbouring queries and keys {j, j + 8}, it holds parts of patches.
+//   queries {i, i + 8} by keys {j, j + 1, j + 8, j + 9}, i % 16 < 8, j % 16 < 8 and j even,
+// in the order of the mma operand of 16 x 16 in which one thread holds them: a word of two
+// neighbouring keys for each register. Of the transposed operand two threads hold half of two
+// patches each.
 #pragma once
 
 #include <cstdint>
@@ -80,7 +81,7 @@ struct DropoutPatch {
   }
 
   static FA_HOST_DEVICE constexpr int half_of(int query, int key) {
-    return query / 8 % 2 * 4 + key / 8 % 4;
+    return key / 8 % 2 * 4 + query / 8 % 2 * 2 + key % 2;
   }
 };
 
@@ -98,7 +99,7 @@ class DropoutOfHead {
 
   // Where a pair's patch begins, among the queries and among the keys.
   static FA_HOST_DEVICE constexpr int first_query(int query) { return query / 16 * 16 + query % 8; }
-  static FA_HOST_DEVICE constexpr int first_key(int key) { return key / 32 * 32 + key % 8; }
+  static FA_HOST_DEVICE constexpr int first_key(int key) { return key / 16 * 16 + key % 8 / 2 * 2; }
 
   // The patch that a pair is of.
   template <typename Product = Multiply>
@@ -106,7 +107,7 @@ class DropoutOfHead {
     const auto i = static_cast<uint32_t>(query);
     const auto j = static_cast<uint32_t>(key);
     const PhiloxCounter bits = philox<kDropoutRounds, Product>(
-        {i / 16 * 8 + i % 8, j / 32 * 8 + j % 8, head_, offset_}, key_);
+        {i / 16 * 8 + i % 8, j / 16 * 4 + j % 8 / 2, head_, offset_}, key_);
     return {bits};
   }
 

@@ -70,12 +70,12 @@ class TileTerms {
     const DropoutOfHead dropout(terms_.dropout, queries.batch, queries.head, num_heads_);
     const Range rows = {queries.range.begin, queries.range.begin + columns};
     const auto scale = static_cast<Real>(terms_.dropout.scale);
-    for (int key = keys.begin / 32 * 32; key < keys.end; key += key % 8 == 7 ? 25 : 1) {
+    for (int key = keys.begin / 16 * 16; key < keys.end; key += key % 8 == 6 ? 10 : 2) {
       for (int query = rows.begin / 16 * 16; query < rows.end; query += query % 8 == 7 ? 9 : 1) {
         const DropoutPatch patch = dropout.patch(query, key);
         for (int half = 0; half < 8; ++half) {
-          const int row = query + half / 4 * 8 - rows.begin;
-          const int column = key + half % 4 * 8 - keys.begin;
+          const int row = query + half / 2 % 2 * 8 - rows.begin;
+          const int column = key + half / 4 * 8 + half % 2 - keys.begin;
           if (row >= 0 && row < columns && column >= 0 && column < keys.size()) {
             kept_.tile().row(column)[row] = dropout.keeps(patch, half) ? scale : 0;
           }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // common/philox.h for a warp's tile of probabilities (queries, keys), the first of (first_query,
-// first_key): multiples of 16, and first_key of 32 where slices of 16 keys follow one another.
+// first_key), multiples of 16.
 #pragma once
 
 #include "common/philox.h"
@@ -9,33 +9,20 @@
 namespace fa::device {
 
 // Calls visit(keeps, row_of_thread, col_block, i) for each of a thread's probabilities. Of 16 rows
-// by 32 columns it has two patches, and one call of Philox decides for eight; where its slices lie
-// apart it has halves of patches.
+// by 16 columns it has a patch.
 template <typename Tile, typename Visit>
 FA_DEVICE void each_decision(const DropoutOfHead& dropout, int first_query, int first_key,
                              Visit&& visit) {
-  constexpr int kPatchCols = 32;
-  constexpr bool kHasWhole = Tile::kCols % kPatchCols == 0 && Tile::kSliceStride == 2 * kBlockCols;
-  constexpr int kBlocks = kHasWhole ? 4 : 2;
+  static_assert(Tile::kColBlocks % 2 == 0 && Tile::kSliceStride % (2 * kBlockCols) == 0);
 #pragma unroll
   for (int a = 0; a < Tile::kRowBlocks; ++a) {
 #pragma unroll
-    for (int first = 0; first < Tile::kColBlocks; first += kBlocks) {
+    for (int first = 0; first < Tile::kColBlocks; first += 2) {
+      const DropoutPatch patch = dropout.patch<ptx::MultiplyWide>(first_query + Tile::row(2 * a),
+                                                                  first_key + Tile::col(first, 0));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = first_key + Tile::col(first, i);
-        DropoutPatch patch = dropout.patch<ptx::MultiplyWide>(first_query + Tile::row(2 * a), key);
-        if (!kHasWhole && key % kPatchCols >= kPatchCols / 2) {  // the other half in its place
-          patch.bits.x = patch.bits.y;
-          patch.bits.z = patch.bits.w;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int block = 0; block < kBlocks; ++block) {
-            visit(dropout.keeps(patch, 4 * half + block), 2 * a + half, first + block, i);
-          }
-        }
+      for (int half = 0; half < 8; ++half) {
+        visit(dropout.keeps(patch, half), 2 * a + half / 2 % 2, first + half / 4, half % 2);
       }
     }
   }

@@ -16,7 +16,7 @@ struct GeneralBwdTraits : NarrowBwdTraits<kRow> {
   using Tile = typename Base::template Rows<Base::kTileM>;
   using ScoreTile = typename Base::ScoreTile;
   using Work = GeneralBwdWork<Base::kTileM, Base::kTileN>;
-  using Kept = KeptQueries<typename Base::Scores>;
+  using Kept = KeptPairs<Base::kTileM, true>;
   static constexpr int kKeyStages = 1;            // for there is a bias too
   static constexpr bool kHasRoomForBits = false;  // beside a bias
   static constexpr bool kHoldsPlace = true;       // of what is loaded, in registers

@@ -157,7 +157,7 @@ FA_DEVICE void differentiate_visible_scores(const BwdParams& params,
       if (late >= 0) {
         add_last_dq();
       }
-      KeptKeys<Scores::kCols> kept;
+      KeptPairs<Scores::kCols, false> kept;
       if (drops) {
         kept.find(DropoutOfHead(dropout, origin.batch, origin.head, params.shape.num_heads),
                   origin.first_query, origin.first_key);

@@ -118,7 +118,7 @@ FA_DEVICE void differentiate_bias(const BwdParams& params, const GeneralBwdTenso
       // Else where rows lie would be kept in registers, one for each step of the products.
       const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
-      KeptQueries<Scores> kept;
+      KeptPairs<Scores::kCols, true> kept;
       if (drops) {
         kept.find(DropoutOfHead(terms.dropout, batch, head, params.shape.num_heads), first_query,
                   first_key + warp_row);

@@ -62,7 +62,7 @@ struct GeneralFwdTraits {
   using Scores = device::Accumulator<device::kBlockRows, kTileN>;
   using Out = device::Accumulator<device::kBlockRows, kHeadDim>;
   using Probabilities = device::OperandA<Element, device::kBlockRows, kTileN>;
-  using Kept = KeptKeys<kTileN>;
+  using Kept = KeptPairs<kTileN, false>;
 
   // wgmma and TMA take the swizzle from the address: tiles begin at multiples of 1024.
   struct alignas(1024) SharedMemory {

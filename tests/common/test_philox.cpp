@@ -64,20 +64,20 @@ void check_patches() {
     for (int i = 0; i < 48; ++i) {
       for (int j = 0; j < 96; ++j) {
         const PhiloxCounter counter = {static_cast<uint32_t>(i / 16 * 8 + i % 8),
-                                       static_cast<uint32_t>(j / 32 * 8 + j % 8),
+                                       static_cast<uint32_t>(j / 16 * 4 + j % 8 / 2),
                                        static_cast<uint32_t>(batch * heads + head), w};
         const PhiloxCounter bits = fa::philox<7>(counter, key);
         const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
-        const int half = i / 8 % 2 * 4 + j / 8 % 4;
-        const uint32_t value = words[half / 2] >> (16 * (half % 2)) & 0xffff;
+        const int word = i / 8 % 2 + j / 8 % 2 * 2;
+        const int half = 2 * word + j % 2;
+        const uint32_t value = words[word] >> (16 * (j % 2)) & 0xffff;
         FA_EXPECT_EQ(of_head.keeps(i, j), value < dropout.threshold, "pair", i, j);
         FA_EXPECT_EQ(of_head.patch(i, j).value(half), value, "pair", i, j);
         const int first_query = DropoutOfHead::first_query(i);
         const int first_key = DropoutOfHead::first_key(j);
-        FA_EXPECT((i - first_query) % 8 == 0 && (j - first_key) % 8 == 0, "pair", i, j);
+        FA_EXPECT((i - first_query) % 8 == 0 && (j - first_key) % 8 < 2, "pair", i, j);
         FA_EXPECT(equal(of_head.patch(first_query, first_key).bits, bits), "pair", i, j);
-        FA_EXPECT_EQ(fa::DropoutPatch::half_of(i, j),
-                     (i - first_query) / 8 * 4 + (j - first_key) / 8, "pair", i, j);
+        FA_EXPECT_EQ(fa::DropoutPatch::half_of(i, j), half, "pair", i, j);
       }
     }
   }
@@ -90,7 +90,7 @@ void check_no_bits_are_used_twice() {
   const int columns = 128;
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < columns; ++j) {
-      used.emplace(i / 16 * 8 + i % 8, j / 32 * 8 + j % 8, fa::DropoutPatch::half_of(i, j));
+      used.emplace(i / 16 * 8 + i % 8, j / 16 * 4 + j % 8 / 2, fa::DropoutPatch::half_of(i, j));
     }
   }
   FA_EXPECT_EQ(used.size(), size_t{rows} * columns);

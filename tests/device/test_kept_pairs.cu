@@ -44,7 +44,7 @@ __device__ void dump_kept(const Kept& kept, float* g_values, float* g_elements, 
 template <int kKeys>
 __global__ void kept_keys_kernel(const __grid_constant__ Dropout dropout, int first_query,
                                  int first_key, float* g_values, float* g_elements) {
-  using Kept = sm90::KeptKeys<kKeys>;
+  using Kept = sm90::KeptPairs<kKeys, false>;
   using Tile = device::Accumulator<device::kBlockRows, kKeys>;
   const DropoutOfHead of_head(dropout, kBatch, kHead, kNumHeads);
   Kept kept;
@@ -57,7 +57,7 @@ template <int kQueries>
 __global__ void kept_queries_kernel(const __grid_constant__ Dropout dropout, int first_query,
                                     int first_key, float* g_values, float* g_elements) {
   using Tile = device::Accumulator<device::kBlockRows, kQueries>;
-  using Kept = sm90::KeptQueries<Tile>;
+  using Kept = sm90::KeptPairs<kQueries, true>;
   const DropoutOfHead of_head(dropout, kBatch, kHead, kNumHeads);
   const int row = ptx::warp_index() * device::kBlockRows;
   Kept kept;
