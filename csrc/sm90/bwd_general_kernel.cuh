@@ -141,15 +141,15 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
 
       const int first_query = tile.tile() * kTileM;
       typename Traits::Kept kept;
+      Scores r_p;
+      ptx::wgmma_fence();
+      device::issue_abt<kHeadDim>(r_p, s_k, key_row, s_q);
+      ptx::wgmma_commit();
       if (drops) {
         kept.find(
             DropoutOfHead(terms.dropout, s_work.tile.batch, tile.head, params.shape.num_heads),
             first_query, first_key + warp_row);
       }
-      Scores r_p;
-      ptx::wgmma_fence();
-      device::issue_abt<kHeadDim>(r_p, s_k, key_row, s_q);
-      ptx::wgmma_commit();
       SeenPairsOfLane<Scores, true> seen;
       if (tile.is_mixed()) {
         const PairBits& bits = params.pair_bits;
@@ -177,8 +177,8 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_abt<kHeadDim>(r_ds, s_v, key_row, s_dout);
       ptx::wgmma_commit();
 
-      const auto finish_dp = [&] {  // which becomes dp - delta
-        ColumnValues<Scores> delta;
+      ColumnValues<Scores> delta;
+      const auto wait_for_dp = [&] {
         if (Traits::kLoadsStatisticsAhead) {
           delta.load(s_statistics.delta);
         }
@@ -187,8 +187,12 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
         if (!Traits::kLoadsStatisticsAhead) {
           delta.load(s_statistics.delta);
         }
+      };
+      const auto keep_scale = static_cast<float>(terms.dropout.scale);
+      const auto finish_dp = [&] {  // which becomes dp - delta
+        wait_for_dp();
         if (drops) {
-          kept.keep(r_ds, static_cast<float>(terms.dropout.scale));
+          kept.keep(r_ds, keep_scale);
         }
         r_ds.transform([&](float dp, int, int block, int i) { return dp - delta.of(block, i); });
       };
@@ -228,17 +232,36 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       if (tile.is_mixed()) {
         seen.keep(r_p);
       }
-      if constexpr (!kEarly) {
-        finish_dp();
+      device::OperandA<Element, device::kBlockRows, kTileM> r_p_elements;
+      if constexpr (kEarly || !Traits::kLoadsStatisticsAhead) {
+        if (!kEarly) {
+          finish_dp();
+        }
+        r_ds.transform([&](float difference, int row, int block, int i) {
+          return r_p.r[0][block][i] * difference;
+        });
+        r_p_elements = device::to_operand<Element>(r_p);
+        if (drops) {
+          kept.drop(r_p_elements);
+        }
+      } else if (drops) {  // there are no registers for p and its elements
+        wait_for_dp();
+        r_ds.transform([&](float dp, int row, int block, int i) {
+          float& p = r_p.r[0][block][i];
+          const float of_row = p * delta.of(block, i);
+          p = kept.keeps(row, block, i) ? p : 0.0f;
+          return fmaf(p, dp * keep_scale, -of_row);
+        });
+        r_p_elements = device::to_operand<Element>(r_p);
+      } else {
+        r_p_elements = device::to_operand<Element>(r_p);
+        wait_for_dp();
+        r_ds.transform([&](float dp, int, int block, int i) {
+          return r_p.r[0][block][i] * (dp - delta.of(block, i));
+        });
       }
-      r_ds.transform(
-          [&](float difference, int, int block, int i) { return r_p.r[0][block][i] * difference; });
       if (tile.is_mixed()) {  // dp of a hidden pair may be infinite
         seen.keep(r_ds);
-      }
-      auto r_p_elements = device::to_operand<Element>(r_p);
-      if (drops) {
-        kept.drop(r_p_elements);
       }
       const auto r_ds_elements = device::to_operand<Element>(r_ds);
       turns.end();

@@ -56,22 +56,24 @@ template <int kCols, bool kTransposed>
 class KeptPairs {
  public:
   FA_DEVICE void find(const DropoutOfHead& dropout, int first_query, int first_key) {
-    const int row = ptx::lane_index() / 4;
-    const int col = ptx::lane_index() % 4 * 2;
+    // Where registers are fewest, those of the lane are not kept.
+    const int lane = kTransposed ? static_cast<int>(ptx::opaque(threadIdx.x) % ptx::kWarpSize)
+                                 : ptx::lane_index();
+    const int row = lane / 4;
+    const int col = lane % 4 * 2;
     // Transposed, a lane has keys of its own and of its neighbour's row, of one query.
     const int query = first_query + (kTransposed ? col + row % 2 : row);
     const int key = first_key + (kTransposed ? row / 2 * 2 : col);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       KeptOfRegisters bits;
-#pragma unroll(kTransposed ? 2 : 4)
+#pragma unroll 2
       for (int cols = kColsOfWord * word; cols < kColsOfWord * (word + 1);
            cols += device::kBlockRows) {
-        const PhiloxCounter patch =
-            dropout
-                .patch<ptx::MultiplyWide>(query + (kTransposed ? cols : 0),
-                                          key + (kTransposed ? 0 : cols))
-                .bits;
+        const PhiloxCounter patch = dropout
+                                        .patch<ptx::MultiplyWide>(query + (kTransposed ? cols : 0),
+                                                                  key + (kTransposed ? 0 : cols))
+                                        .bits;
         bits.push(patch.x, kTransposed ? patch.z : patch.y, dropout.threshold());
         bits.push(kTransposed ? patch.y : patch.z, patch.w, dropout.threshold());
       }
@@ -82,10 +84,15 @@ class KeptPairs {
     }
   }
 
+  // As a tile's transform() names its values.
+  FA_DEVICE bool keeps(int row, int block, int i) const {
+    return words_[block / 8].keeps(block % 8, 2 * row + i % 2);
+  }
+
   // What is dropped becomes 0; the first also scales what is kept.
   FA_DEVICE void keep(device::Accumulator<device::kBlockRows, kCols>& r_values, float scale) const {
     r_values.transform([&](float value, int row, int block, int i) {
-      return words_[block / 8].keeps(block % 8, 2 * row + i % 2) ? value * scale : 0.0f;
+      return keeps(row, block, i) ? value * scale : 0.0f;
     });
   }
   template <typename Element>
