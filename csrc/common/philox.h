@@ -4,11 +4,15 @@
 // have no say in it.
 //
 // Bits come from Philox4x32 (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as
-// 1, 2, 3", 2011), 16 for each pair. The 128 bits of one call are a patch of 2 x 4 pairs,
-//   queries {i, i + 8} by keys {j, j + 1, j + 8, j + 9}, i % 16 < 8, j % 16 < 8 and j even,
-// in the order of the mma operand of 16 x 16 in which one thread holds them: a word of two
-// neighbouring keys for each register. Of the transposed operand two threads hold half of two
-// patches each.
+// 1, 2, 3", 2011). The 128 bits of one call are a patch of 4 x 4 pairs,
+//   queries {i, i + 1, i + 8, i + 9} by keys {j, j + 1, j + 8, j + 9},
+//   i % 16 < 8, j % 16 < 8, i and j even,
+// of which a thread has half in an mma operand of 16 x 16, and its neighbour in the next row the
+// other half; of the transposed operand, too.
+//
+// A pair has a number of 16 bits: a byte of its own above the exclusive or of those that two other
+// pairs have. Any two pairs' numbers are independent. Those of three are not, but that shows only
+// if one's own byte is that of the threshold.
 #pragma once
 
 #include <cstdint>
@@ -70,18 +74,31 @@ struct Dropout {
   FA_HOST_DEVICE constexpr bool any() const { return rng_state != nullptr && threshold != kAll; }
 };
 
-// 16 bits for each of a patch's pairs.
+// The numbers of a patch's pairs. A word has the bytes of two neighbouring queries by two
+// neighbouring keys, which come first; word 1 those of queries 8 further down than word 0, words 2
+// and 3 those of keys 8 further.
 struct DropoutPatch {
-  PhiloxCounter bits;
+  uint32_t words[4];
 
-  // half: a constant, so that the word stays in a register.
-  FA_HOST_DEVICE constexpr uint32_t value(int half) const {
-    const uint32_t word = half < 2 ? bits.x : half < 4 ? bits.y : half < 6 ? bits.z : bits.w;
-    return half % 2 == 0 ? word & 0xFFFF : word >> 16;
+  FA_HOST_DEVICE constexpr explicit DropoutPatch(const PhiloxCounter& bits)
+      : words{bits.x, bits.y, bits.z, bits.w} {}
+
+  // The lower bytes of the numbers whose upper ones are a word's. word: a constant, so that words
+  // stay in registers.
+  FA_HOST_DEVICE constexpr uint32_t lower(int word) const {
+    return words[(word + 1) % 4] ^ words[(word + 2) % 4];
   }
 
-  static FA_HOST_DEVICE constexpr int half_of(int query, int key) {
-    return key / 8 % 2 * 4 + query / 8 % 2 * 2 + key % 2;
+  FA_HOST_DEVICE constexpr uint32_t number(int word, int byte) const {
+    const int shift = 8 * byte;
+    return (words[word] >> shift & 0xFF) << 8 | (lower(word) >> shift & 0xFF);
+  }
+
+  static FA_HOST_DEVICE constexpr int word_of(int query, int key) {
+    return query / 8 % 2 + key / 8 % 2 * 2;
+  }
+  static FA_HOST_DEVICE constexpr int byte_of(int query, int key) {
+    return query % 2 * 2 + key % 2;
   }
 };
 
@@ -97,30 +114,26 @@ class DropoutOfHead {
              static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng_state[0]) >> 32) ^
                  static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng_state[1]) >> 34)} {}
 
-  // Where a pair's patch begins, among the queries and among the keys.
-  static FA_HOST_DEVICE constexpr int first_query(int query) { return query / 16 * 16 + query % 8; }
-  static FA_HOST_DEVICE constexpr int first_key(int key) { return key / 16 * 16 + key % 8 / 2 * 2; }
-
   // The patch that a pair is of.
   template <typename Product = Multiply>
   FA_HOST_DEVICE constexpr DropoutPatch patch(int query, int key) const {
-    const auto i = static_cast<uint32_t>(query);
-    const auto j = static_cast<uint32_t>(key);
-    const PhiloxCounter bits = philox<kDropoutRounds, Product>(
-        {i / 16 * 8 + i % 8, j / 16 * 4 + j % 8 / 2, head_, offset_}, key_);
-    return {bits};
+    return DropoutPatch(philox<kDropoutRounds, Product>(
+        {index_of_patch(query), index_of_patch(key), head_, offset_}, key_));
   }
 
   FA_HOST_DEVICE constexpr uint32_t threshold() const { return threshold_; }
 
-  FA_HOST_DEVICE constexpr bool keeps(const DropoutPatch& patch, int half) const {
-    return patch.value(half) < threshold_;
-  }
+  FA_HOST_DEVICE constexpr bool keeps(uint32_t number) const { return number < threshold_; }
   FA_HOST_DEVICE constexpr bool keeps(int query, int key) const {
-    return keeps(patch(query, key), DropoutPatch::half_of(query, key));
+    return keeps(patch(query, key)
+                     .number(DropoutPatch::word_of(query, key), DropoutPatch::byte_of(query, key)));
   }
 
  private:
+  static FA_HOST_DEVICE constexpr uint32_t index_of_patch(int row) {
+    return static_cast<uint32_t>(row / 16 * 4 + row % 8 / 2);
+  }
+
   uint32_t threshold_;
   uint32_t head_;  // counted through the batch
   uint32_t offset_;

@@ -70,14 +70,16 @@ class TileTerms {
     const DropoutOfHead dropout(terms_.dropout, queries.batch, queries.head, num_heads_);
     const Range rows = {queries.range.begin, queries.range.begin + columns};
     const auto scale = static_cast<Real>(terms_.dropout.scale);
-    for (int key = keys.begin / 16 * 16; key < keys.end; key += key % 8 == 6 ? 10 : 2) {
-      for (int query = rows.begin / 16 * 16; query < rows.end; query += query % 8 == 7 ? 9 : 1) {
+    const auto next_patch = [](int row) { return row + (row % 8 == 6 ? 10 : 2); };
+    for (int key = keys.begin / 16 * 16; key < keys.end; key = next_patch(key)) {
+      for (int query = rows.begin / 16 * 16; query < rows.end; query = next_patch(query)) {
         const DropoutPatch patch = dropout.patch(query, key);
-        for (int half = 0; half < 8; ++half) {
-          const int row = query + half / 2 % 2 * 8 - rows.begin;
-          const int column = key + half / 4 * 8 + half % 2 - keys.begin;
+        for (int pair = 0; pair < 16; ++pair) {
+          const int row = query + pair / 4 % 2 * 8 + pair / 2 % 2 - rows.begin;
+          const int column = key + pair / 8 * 8 + pair % 2 - keys.begin;
           if (row >= 0 && row < columns && column >= 0 && column < keys.size()) {
-            kept_.tile().row(column)[row] = dropout.keeps(patch, half) ? scale : 0;
+            const uint32_t number = patch.number(pair / 4, pair % 4);
+            kept_.tile().row(column)[row] = dropout.keeps(number) ? scale : 0;
           }
         }
       }

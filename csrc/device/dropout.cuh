@@ -9,20 +9,25 @@
 namespace fa::device {
 
 // Calls visit(keeps, row_of_thread, col_block, i) for each of a thread's probabilities. Of 16 rows
-// by 16 columns it has a patch.
+// by 16 columns it has half a patch.
 template <typename Tile, typename Visit>
 FA_DEVICE void each_decision(const DropoutOfHead& dropout, int first_query, int first_key,
                              Visit&& visit) {
   static_assert(Tile::kColBlocks % 2 == 0 && Tile::kSliceStride % (2 * kBlockCols) == 0);
 #pragma unroll
   for (int a = 0; a < Tile::kRowBlocks; ++a) {
+    const int query = first_query + Tile::row(2 * a);
+    // Two numbers of neighbouring keys, from their lower and their upper bytes.
+    const uint32_t order = query % 2 == 0 ? 0x5140 : 0x7362;
 #pragma unroll
     for (int first = 0; first < Tile::kColBlocks; first += 2) {
-      const DropoutPatch patch = dropout.patch<ptx::MultiplyWide>(first_query + Tile::row(2 * a),
-                                                                  first_key + Tile::col(first, 0));
+      const DropoutPatch patch =
+          dropout.patch<ptx::MultiplyWide>(query, first_key + Tile::col(first, 0));
 #pragma unroll
-      for (int half = 0; half < 8; ++half) {
-        visit(dropout.keeps(patch, half), 2 * a + half / 2 % 2, first + half / 4, half % 2);
+      for (int word = 0; word < 4; ++word) {
+        const uint32_t numbers = __byte_perm(patch.lower(word), patch.words[word], order);
+        visit(dropout.keeps(numbers & 0xFFFF), 2 * a + word % 2, first + word / 2, 0);
+        visit(dropout.keeps(numbers >> 16), 2 * a + word % 2, first + word / 2, 1);
       }
     }
   }

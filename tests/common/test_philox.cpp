@@ -63,37 +63,51 @@ void check_patches() {
     const auto w = static_cast<uint32_t>(state[1] >> 2);
     for (int i = 0; i < 48; ++i) {
       for (int j = 0; j < 96; ++j) {
-        const PhiloxCounter counter = {static_cast<uint32_t>(i / 16 * 8 + i % 8),
+        const PhiloxCounter counter = {static_cast<uint32_t>(i / 16 * 4 + i % 8 / 2),
                                        static_cast<uint32_t>(j / 16 * 4 + j % 8 / 2),
                                        static_cast<uint32_t>(batch * heads + head), w};
         const PhiloxCounter bits = fa::philox<7>(counter, key);
         const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
         const int word = i / 8 % 2 + j / 8 % 2 * 2;
-        const int half = 2 * word + j % 2;
-        const uint32_t value = words[word] >> (16 * (j % 2)) & 0xffff;
-        FA_EXPECT_EQ(of_head.keeps(i, j), value < dropout.threshold, "pair", i, j);
-        FA_EXPECT_EQ(of_head.patch(i, j).value(half), value, "pair", i, j);
-        const int first_query = DropoutOfHead::first_query(i);
-        const int first_key = DropoutOfHead::first_key(j);
-        FA_EXPECT((i - first_query) % 8 == 0 && (j - first_key) % 8 < 2, "pair", i, j);
-        FA_EXPECT(equal(of_head.patch(first_query, first_key).bits, bits), "pair", i, j);
-        FA_EXPECT_EQ(fa::DropoutPatch::half_of(i, j), half, "pair", i, j);
+        const int byte = i % 2 * 2 + j % 2;
+        const auto byte_of = [&](int other) { return words[other % 4] >> (8 * byte) & 0xff; };
+        const uint32_t number = byte_of(word) << 8 | (byte_of(word + 1) ^ byte_of(word + 2));
+        FA_EXPECT_EQ(of_head.keeps(i, j), number < dropout.threshold, "pair", i, j);
+        FA_EXPECT_EQ(of_head.patch(i, j).number(word, byte), number, "pair", i, j);
+        FA_EXPECT_EQ(fa::DropoutPatch::word_of(i, j), word, "pair", i, j);
+        FA_EXPECT_EQ(fa::DropoutPatch::byte_of(i, j), byte, "pair", i, j);
       }
     }
   }
 }
 
-// Every pair of a head and a half of its own.
+// Every pair of a head and a byte of its own.
 void check_no_bits_are_used_twice() {
-  std::set<std::tuple<uint32_t, uint32_t, int>> used;
+  std::set<std::tuple<int, int, int, int>> used;
   const int rows = 64;
   const int columns = 128;
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < columns; ++j) {
-      used.emplace(i / 16 * 8 + i % 8, j / 16 * 4 + j % 8 / 2, fa::DropoutPatch::half_of(i, j));
+      used.emplace(i / 16 * 4 + i % 8 / 2, j / 16 * 4 + j % 8 / 2, fa::DropoutPatch::word_of(i, j),
+                   fa::DropoutPatch::byte_of(i, j));
     }
   }
   FA_EXPECT_EQ(used.size(), size_t{rows} * columns);
+}
+
+// Whatever two pairs' numbers are to be, as many words give them: of the bits at one place, two of
+// each number, all 16 combinations of the words' bits make another combination of numbers' bits.
+void check_two_pairs_are_independent() {
+  for (int one = 0; one < 4; ++one) {
+    for (int other = one + 1; other < 4; ++other) {
+      std::set<std::pair<uint32_t, uint32_t>> numbers;
+      for (uint32_t bits = 0; bits < 16; ++bits) {
+        const fa::DropoutPatch patch({bits & 1, bits >> 1 & 1, bits >> 2 & 1, bits >> 3 & 1});
+        numbers.emplace(patch.number(one, 0), patch.number(other, 0));
+      }
+      FA_EXPECT_EQ(numbers.size(), size_t{16}, "words", one, other);
+    }
+  }
 }
 
 void check_thresholds() {
@@ -178,6 +192,7 @@ int main() {
   check_known_answers();
   check_patches();
   check_no_bits_are_used_twice();
+  check_two_pairs_are_independent();
   check_thresholds();
   check_rates_and_independence();
   return fa::test::report("common/test_philox");
