@@ -14,15 +14,16 @@ template <typename Tile, typename Visit>
 FA_DEVICE void each_decision(const DropoutOfHead& dropout, int first_query, int first_key,
                              Visit&& visit) {
   static_assert(Tile::kColBlocks % 2 == 0 && Tile::kSliceStride % (2 * kBlockCols) == 0);
+  // Two numbers of neighbouring keys, from their lower and their upper bytes.
+  const uint32_t order = threadIdx.x / 4 % 2 == 0 ? 0x5140 : 0x7362;
 #pragma unroll
   for (int a = 0; a < Tile::kRowBlocks; ++a) {
     const int query = first_query + Tile::row(2 * a);
-    // Two numbers of neighbouring keys, from their lower and their upper bytes.
-    const uint32_t order = query % 2 == 0 ? 0x5140 : 0x7362;
 #pragma unroll
     for (int first = 0; first < Tile::kColBlocks; first += 2) {
-      const DropoutPatch patch =
-          dropout.patch<ptx::MultiplyWide>(query, first_key + Tile::col(first, 0));
+      // What all patches have alike is found again, rather than kept in registers.
+      const int key = static_cast<int>(ptx::opaque(first_key)) + Tile::col(first, 0);
+      const DropoutPatch patch = dropout.patch<ptx::MultiplyWide>(query, key);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const uint32_t numbers = __byte_perm(patch.lower(word), patch.words[word], order);
