@@ -125,8 +125,14 @@ class DropoutOfHead {
 
   FA_HOST_DEVICE constexpr bool keeps(uint32_t number) const { return number < threshold_; }
   FA_HOST_DEVICE constexpr bool keeps(int query, int key) const {
-    return keeps(patch(query, key)
-                     .number(DropoutPatch::word_of(query, key), DropoutPatch::byte_of(query, key)));
+    const DropoutPatch of_pair = patch(query, key);
+    uint32_t number = 0;
+    for (int word = 0; word < 4; ++word) {
+      if (word == DropoutPatch::word_of(query, key)) {
+        number = of_pair.number(word, DropoutPatch::byte_of(query, key));
+      }
+    }
+    return keeps(number);
   }
 
  private:

@@ -8,6 +8,15 @@
 
 namespace fa::device {
 
+// The lane, from which addresses are computed. Those of floats are not kept in registers, which
+// their factors need.
+template <typename Tile>
+FA_DEVICE int lane_to_load() {
+  const bool is_float = sizeof(*Tile::elements) == sizeof(float);
+  const uint32_t thread = is_float ? ptx::opaque(threadIdx.x) : threadIdx.x;
+  return static_cast<int>(thread % ptx::kWarpSize);
+}
+
 // Where a lane points in a tile for ldmatrix and stmatrix, which move four 8x8 blocks of a 16x16
 // area, and what moves at constant steps from there. The area that the pointer is made for starts
 // at (row, col): multiples of 8 and 16, and col such that col + cols never carries in binary.
@@ -17,13 +26,13 @@ class LanePointer {
  public:
   // The four blocks follow one another first down, then right,
   static FA_DEVICE LanePointer down_first(const Tile& s_tile, int row, int col) {
-    const int lane = ptx::lane_index();
+    const int lane = lane_to_load<Tile>();
     return {s_tile, Tile::offset(lane % 16, lane / 16 * Tile::kUnitElements), row, col};
   }
 
   // or first right, then down.
   static FA_DEVICE LanePointer right_first(const Tile& s_tile, int row, int col) {
-    const int lane = ptx::lane_index();
+    const int lane = lane_to_load<Tile>();
     return {s_tile, Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * Tile::kUnitElements), row,
             col};
   }

@@ -29,9 +29,6 @@ FA_DEVICE void accumulate(Sum& r_sum, LoadA&& load_a, LoadB&& load_b) {
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       Factors<Element> r_b;
-      if constexpr (sizeof(Element) == sizeof(float)) {
-        __syncwarp();  // else factors of many slices occupy registers at a time
-      }
       load_b(r_b.r, step, slice * Sum::kSliceStride);
       r_b.prepare();
 #pragma unroll

@@ -44,7 +44,7 @@ class WordPointer {
         down_first_(down_first) {}
 
   static FA_DEVICE int lane_offset() {
-    const int lane = ptx::lane_index();
+    const int lane = lane_to_load<Tile>();
     return Tile::offset(lane % 4 * (kNextRow == 1 ? 2 : 1), lane / 4);
   }
 

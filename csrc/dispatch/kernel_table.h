@@ -31,8 +31,10 @@ struct KernelConfig {
 
   // Forward, where the warps are too few to hold a row of out each: how many share a row, with part
   // of out's columns each; and of how many keys each of them computes the scores, for the others
-  // too.
-  constexpr int col_warps() const { return head_dim > 128 ? 2 : 1; }
+  // too. Beside the factors of floats there are registers for fewer columns.
+  constexpr int col_warps() const {
+    return head_dim > 128 || (head_dim > 64 && dtype == Dtype::kFloat32) ? 2 : 1;
+  }
   constexpr int score_cols() const { return tile_n >= 32 ? tile_n / col_warps() : tile_n; }
 
   // Hopper: barriers and work in hand; the columns of a tile, whole panels of 64; how many tiles of
@@ -286,8 +288,9 @@ inline constexpr KernelConfig kRows[] = {
   // float32, with all rules too.
   {kSm80, kForward,  kFloat32,   64, kWindow, kGeneral,    64,   32,  4, 2},
   {kSm80, kForward,  kTf32,      64, kWindow, kGeneral,    64,   32,  4, 2},
-  {kSm80, kForward,  kFloat32,  128, kWindow, kGeneral,    64,   32,  4, 1},
+  {kSm80, kForward,  kFloat32,  128, kWindow, kGeneral,    64,   32,  8, 1},
   {kSm80, kForward,  kTf32,     128, kWindow, kGeneral,    64,   32,  4, 1},
+  {kSm80, kForward,  kFloat32,  128, kWindow, kGeneral,    32,   16,  4, 1},
   {kSm80, kForward,  kFloat32,  256, kWindow, kGeneral,    64,   32,  8, 1},
   {kSm80, kForward,  kTf32,     256, kWindow, kGeneral,    64,   32,  8, 1},
   {kSm80, kForward,  kFloat32,  256, kWindow, kGeneral,    32,   16,  4, 1},

@@ -57,6 +57,10 @@ class Arithmetic:
     factors: float = 0.0
 
 
+# Unnormalized probabilities may be so large (kSlack of device/speculative_softmax.cuh) when a factor
+# that flushes to 0 rescales them.
+_SLACK = 2.0**8
+
 _FLOAT32 = 2.0**-24
 _FLOAT64 = 2.0**-53
 ARITHMETIC = {
@@ -275,7 +279,7 @@ def expected_with_bounds(
             of_sink = sink.masked_fill(sink == -math.inf, 0.0)
             err_lse = err_lse + eps * constants.bias * of_sink.abs()[..., None]
         err_P = P * torch.expm1(err_S + err_lse + exp_error + sum_k)
-        err_P = err_P + arithmetic.flush * visible
+        err_P = err_P + _SLACK * arithmetic.flush * visible
         bound_O = (
             u_result * Out.abs()
             + ((u_operand * P + err_P) * M) @ absV
