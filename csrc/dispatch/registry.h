@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/clean_sequences.h"
+#include "common/dropout_mask.h"
 #include "common/left_rows.h"
 #include "common/params.h"
 #include "dispatch/kernel_table.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What dropout keeps, written out. A block for each row of a head's pairs, for as many blocks as a
 // grid may have.
-#include "common/philox.h"
+#include "common/dropout_mask.h"
 #include "device/convert.cuh"
 #include "dispatch/registry.h"
 #include "support/launch.cuh"

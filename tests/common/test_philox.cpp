@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Philox against the known answers of Random123, and dropout's decisions: which bits decide on a
 // pair, how many are kept, and that heads, seeds and offsets have decisions of their own.
+#include "common/dropout_mask.h"
 #include "common/philox.h"
 
 #include <cmath>

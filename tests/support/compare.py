@@ -57,8 +57,8 @@ class Arithmetic:
     factors: float = 0.0
 
 
-# Unnormalized probabilities may be so large (kSlack of device/speculative_softmax.cuh) when a factor
-# that flushes to 0 rescales them.
+# How large unnormalized probabilities may be (kSlack of device/speculative_softmax.cuh) when a
+# factor that flushes to 0 rescales them.
 _SLACK = 2.0**8
 
 _FLOAT32 = 2.0**-24
