@@ -12,9 +12,10 @@ namespace fa::device {
 // their factors need.
 template <typename Tile>
 FA_DEVICE int lane_to_load() {
-  const bool is_float = sizeof(*Tile::elements) == sizeof(float);
-  const uint32_t thread = is_float ? ptx::opaque(threadIdx.x) : threadIdx.x;
-  return static_cast<int>(thread % ptx::kWarpSize);
+  if (sizeof(*Tile::elements) == sizeof(float)) {
+    return static_cast<int>(ptx::opaque(threadIdx.x) % ptx::kWarpSize);
+  }
+  return ptx::lane_index();
 }
 
 // Where a lane points in a tile for ldmatrix and stmatrix, which move four 8x8 blocks of a 16x16
