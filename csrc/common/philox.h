@@ -75,7 +75,7 @@ struct Dropout {
 };
 
 // The numbers of a patch's pairs. A word has the bytes of two neighbouring queries by two
-// neighbouring keys, which come first; word 1 those of queries 8 further down than word 0, words 2
+// neighbouring keys, each query's together; word 1 those of queries 8 further than word 0, words 2
 // and 3 those of keys 8 further.
 struct DropoutPatch {
   uint32_t words[4];

@@ -1,31 +1,29 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Backward on Hopper under the rules of common/score_rules.h, but for the
-// gradient of a bias. As bwd_kernel.cuh, with these differences:
-//   The warp that loads queries walks the tiles of queries that see some of the
-//   keys (bwd_general_work.cuh), and tells whether an item has any, and of each
-//   with its queries. Those who compute look at no map, and leave an item with
-//   the tile that is told to be its last. Of a mixed tile each lane finds out
-//   which of its pairs are seen (seen_pairs_of_lane.cuh), while the products
-//   that give their scores run. A bias of the inputs' dtype with consecutive
-//   keys comes by TMA, with the queries. Any other bias each lane reads from
-//   global memory, under the same products, and leaves in its place. There is
-//   one stage of keys: dk and dv leave from it before the next ones come.
+// Backward on Hopper under the rules of common/score_rules.h, but for the gradient of a bias. As
+// bwd_kernel.cuh, with these differences:
+//   The warp that loads queries walks the tiles of queries that see some of the keys
+//   (bwd_general_work.cuh), and tells whether an item has any, and of each with its queries. Those
+//   who compute look at no map, and leave an item with the tile that is told to be its last.
+//   Of a mixed tile each lane finds out which of its pairs are seen (seen_pairs_of_lane.cuh), while
+//   the products that give their scores run. A bias of the inputs' dtype with consecutive keys
+//   comes by TMA, with the queries. Any other bias each lane reads from global memory, under the
+//   same products, and leaves in its place. There is one stage of keys: dk and dv leave from it
+//   before the next ones come.
 //
 // The rings, with who fills them and for whom:
 //   work          warp 0   all others
-//   keys          warp 0   those who compute, until dk and dv have left: which
-//   they wait for when
-//                          they know of the next item, and before they wait for
-//                          its keys
-//   visible       warp 1   those who compute: whether the work has any tile.
-//   Free with the work q             warp 1   those who compute; with
-//   statistics and bias dout          warp 1   those who compute ds those who
-//   compute, for each other turn          warp 2   those who compute, to add to
-//   dq added         those who compute, for warp 3
+//   keys          warp 0   those who compute, until dk and dv have left: which they wait for when
+//                          they know of the next item, and before they wait for its keys
+//   visible       warp 1   those who compute: whether the work has any tile. Free with the work
+//   q             warp 1   those who compute; with statistics and bias
+//   dout          warp 1   those who compute
+//   ds            those who compute, for each other
+//   turn          warp 2   those who compute, to add to dq
+//   added         those who compute, for warp 3
 // The last five have a stage for each tile of queries and advance together.
 //
-// Deterministic: as in the plain kernel, but that tiles of keys in which none
-// of the queries sees any have no turn.
+// Deterministic: as in the plain kernel, but that tiles of keys in which none of the queries sees
+// any have no turn.
 #pragma once
 
 #include "device/mask.cuh"
@@ -55,8 +53,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kMathThreads = Traits::kMathThreads;
   constexpr int kMathBarrier = 1;
-  // dp is waited for before scores are finished: its softcap's derivative is
-  // not to be kept.
+  // dp is waited for before scores are finished: its softcap's derivative is not to be kept.
   constexpr bool kEarly = Traits::kHasSoftcap;
 
   const int thread = static_cast<int>(threadIdx.x) % device::kWarpgroupThreads;
@@ -88,8 +85,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       break;
     }
     if (!work_at.is_first()) {
-      // dk and dv leave from the shared memory of their keys, which is free
-      // when TMA has read them.
+      // dk and dv leave from the shared memory of their keys, which is free when TMA has read them.
       if (is_first_thread()) {
         ptx::tma_wait_read();
       }
@@ -104,8 +100,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     KeyGradient r_dv;
     r_dk.clear();
     r_dv.clear();
-    int late = -1;  // index of the tile before, of which dq is still to be
-                    // added; if any
+    int late = -1;  // index of the tile before, of which dq is still to be added; if any
     const auto issue_dq = [&](Dq& r_dq) {
       at.wait_previous(s.ds_ring);
       ptx::wgmma_fence();
@@ -140,8 +135,8 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       auto& s_dout = s.dout[at.stage()];
       const auto& s_statistics = s.statistics[at.stage()];
       is_last = tile.is_last();
-      // Else where the keys' rows lie would be kept in registers, one for each
-      // step of the products.
+      // Else where the keys' rows lie would be kept in registers, one for each step of the
+      // products.
       const auto key_row = static_cast<int>(ptx::opaque(warpgroup_row));
 
       const int first_query = tile.tile() * kTileM;
@@ -153,7 +148,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
               first_query, first_key + warp_row);
         }
       };
-      if (kEarly) {  // faster for softcap, whose products are waited for together
+      if (kEarly) {  // by measurement: its products are waited for together
         find_kept();
       }
       Scores r_p;
@@ -290,8 +285,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       device::issue_ab(r_dv, r_p_elements, s_dout, true);
       ptx::wgmma_commit();
       Dq r_dq;
-      issue_dq(r_dq);  // at the first tile of whatever lies there or is being
-                       // written: not taken
+      issue_dq(r_dq);  // at the first tile of whatever lies there or is being written: not taken
       ptx::wgmma_fence();
       device::issue_ab(r_dk, r_ds_elements, s_q, true);
       ptx::wgmma_commit();
@@ -299,8 +293,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
       ptx::wgmma_wait<2>();
       ptx::wgmma_pin(r_dv.r[0]);
       at.release(s.dout_ring);
-      // Ahead of the additions, for they hold up what waits for anything after
-      // them.
+      // Ahead of the additions, for they hold up what waits for anything after them.
       if (!is_last) {
         at.wait_next(s.q_ring);
         at.wait_next(s.dout_ring);
@@ -329,8 +322,7 @@ FA_DEVICE void differentiate_visible(const BwdParams& params, const GeneralBwdTe
     if (drops) {
       r_dv.scale(static_cast<float>(terms.dropout.scale));
     }
-    // Nobody else reads a warpgroup's rows of the values; those of the keys dq
-    // wants.
+    // Nobody else reads a warpgroup's rows of the values; those of the keys dq wants.
     ptx::barrier_sync<device::kWarpgroupThreads>(warpgroup_barrier);
     store_through(device::to_operand<Element>(r_dv), s_v, warpgroup_row, maps.dv, origin,
                   rows_of(params.dv, params.shape.head_dim_v), warpgroup_barrier);
