@@ -177,13 +177,15 @@ def test_every_size_of_shared_memory_runs_every_problem_and_every_built_row_is_c
         for pass_name in ("fwd", "bwd"):
             for dtype, largest in LARGEST_HEAD_DIM.items():
                 head_dims = range(1, largest + 1)
-                for head_dim, general_scores in itertools.product(head_dims, (False, True)):
+                scores = ((False, False), (True, False), (True, True))
+                for head_dim, (general_scores, softcap) in itertools.product(head_dims, scores):
                     with only(family):
                         decision = decide(
                             pass_name=pass_name,
                             dtype=dtype,
                             head_dim=head_dim,
                             general_scores=general_scores,
+                            softcap=softcap,
                             compute_capability=compute_capability,
                             smem_opt_in=smem_opt_in,
                         )
