@@ -5,10 +5,10 @@
 //   (bwd_general_work.cuh), and tells whether an item has any, and of each with its queries. Those
 //   who compute look at no map, and leave an item with the tile that is told to be its last.
 //   Of a mixed tile each lane finds out which of its pairs are seen (seen_pairs_of_lane.cuh), while
-//   the products that give their scores run. A bias of the inputs' dtype with consecutive keys
-//   comes by TMA, with the queries. Any other bias each lane reads from global memory, under the
-//   same products, and leaves in its place. There is one stage of keys: dk and dv leave from it
-//   before the next ones come.
+//   the products that give their scores run, and of any tile which dropout keeps
+//   (kept_pairs.cuh). A bias of the inputs' dtype with consecutive keys comes by TMA, with the
+//   queries. Any other bias each lane reads from global memory, under the same products, and leaves
+//   in its place. There is one stage of keys: dk and dv leave from it before the next ones come.
 //
 // The rings, with who fills them and for whom:
 //   work          warp 0   all others
