@@ -80,6 +80,8 @@ def apply_rotary_emb_qkv_(
     interleaved: bool = False,
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys of a packed tensor in place, and return it.
 
@@ -89,24 +91,29 @@ def apply_rotary_emb_qkv_(
         cos, sin, interleaved, seqlen_offsets: as of :func:`apply_rotary_emb`.
         cos_k, sin_k: of the keys; default: those of the queries.
         num_heads_q: of a tensor with all heads along one dimension: how many are of queries.
+        cu_seqlens: as of :func:`apply_rotary_emb`; qkv then has `total` for (batch, seqlen).
 
     Raises:
         ValueError: as :func:`apply_rotary_emb`.
     """
-    if qkv.dim() == 5 and qkv.shape[2] == 3:
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
-    elif qkv.dim() == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
-        num_heads_k = (qkv.shape[2] - num_heads_q) // 2
-        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
+    rows = "batch, seqlen" if cu_seqlens is None else "total"
+    dim = rows.count(",") + 1  # that of heads, or of q, k and v
+    if qkv.dim() == dim + 3 and qkv.shape[dim] == 3:
+        q, k = qkv.select(dim, 0), qkv.select(dim, 1)
+    elif (
+        qkv.dim() == dim + 2 and num_heads_q is not None and (qkv.shape[dim] - num_heads_q) % 2 == 0
+    ):
+        num_heads_k = (qkv.shape[dim] - num_heads_q) // 2
+        q, k = qkv.narrow(dim, 0, num_heads_q), qkv.narrow(dim, num_heads_q, num_heads_k)
     else:
         raise ValueError(
-            "qkv: expected shape (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, "
-            f"num_heads_q + 2 * num_heads_k, head_dim) with num_heads_q, got {tuple(qkv.shape)} "
-            f"and num_heads_q {num_heads_q}"
+            f"qkv: expected shape ({rows}, 3, heads, head_dim), or ({rows}, num_heads_q + 2 * "
+            f"num_heads_k, head_dim) with num_heads_q, got {tuple(qkv.shape)} and num_heads_q "
+            f"{num_heads_q}"
         )
     cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
-    apply_rotary_emb(k, cos_k, sin_k, interleaved, True, seqlen_offsets)
+    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets, cu_seqlens)
+    apply_rotary_emb(k, cos_k, sin_k, interleaved, True, seqlen_offsets, cu_seqlens)
     return qkv
 
 
@@ -116,21 +123,22 @@ def apply_rotary_emb_kv_(
     sin: Tensor,
     interleaved: bool = False,
     seqlen_offsets: int | Tensor = 0,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Rotate the keys of a packed tensor in place, and return it.
 
     Args:
-        kv: (batch, seqlen, 2, heads, head_dim).
-        cos, sin, interleaved, seqlen_offsets: as of :func:`apply_rotary_emb`.
+        kv: (batch, seqlen, 2, heads, head_dim), or (total, 2, heads, head_dim) with cu_seqlens.
+        cos, sin, interleaved, seqlen_offsets, cu_seqlens: as of :func:`apply_rotary_emb`.
 
     Raises:
         ValueError: as :func:`apply_rotary_emb`.
     """
-    if kv.dim() != 5 or kv.shape[2] != 2:
-        raise ValueError(
-            f"kv: expected shape (batch, seqlen, 2, heads, head_dim), got {tuple(kv.shape)}"
-        )
-    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    rows = "batch, seqlen" if cu_seqlens is None else "total"
+    if kv.dim() != rows.count(",") + 4 or kv.shape[-3] != 2:
+        raise ValueError(f"kv: expected shape ({rows}, 2, heads, head_dim), got {tuple(kv.shape)}")
+    apply_rotary_emb(kv.select(-3, 0), cos, sin, interleaved, True, seqlen_offsets, cu_seqlens)
     return kv
 
 
@@ -177,6 +185,8 @@ class RotaryEmbedding(torch.nn.Module):
         seqlen_offset: int | Tensor = 0,
         max_seqlen: int | None = None,
         num_heads_q: int | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Rotate in place and return what was given.
 
@@ -187,26 +197,40 @@ class RotaryEmbedding(torch.nn.Module):
             seqlen_offset: position of the first row: a number, or (batch,) integers.
             max_seqlen: how many positions the tables are to have; needed where seqlen_offset is a
                 tensor, unless they have them already.
+            cu_seqlens: (batch + 1,) int32, first row of each of packed sequences, and their end.
+                Tensors then have a dimension `total` in place of (batch, seqlen), and max_seqlen
+                is total by default. Rows of no sequence stay as they are.
         """
-        seqlen = qkv.shape[1]
+        seqlen = qkv.shape[1 if cu_seqlens is None else 0]
         if max_seqlen is None and not isinstance(seqlen_offset, Tensor):
             max_seqlen = seqlen + seqlen_offset
         cos, sin, cos_k, sin_k = self._tables_for(max_seqlen or seqlen, qkv)
         if kv is None:
             return apply_rotary_emb_qkv_(
-                qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
+                *(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q),
+                cu_seqlens=cu_seqlens,
             )
-        q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
-        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset, cu_seqlens)
+        apply_rotary_emb_kv_(
+            kv, cos_k, sin_k, self.interleaved, seqlen_offset, cu_seqlens=cu_seqlens
+        )
+        return q, kv
 
     def _tables_for(self, seqlen: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """cos and sin of queries and of keys, (seqlen or more, dim / 2), of dtype and device of
         `like`. Those of xPos depend on where the middle is, so they are of seqlen exactly."""
+        if torch.compiler.is_compiling():
+            # Tables kept from call to call would be guarded, and so compiled anew as they grow.
+            return self._new_tables(seqlen, like)
         if self._tables is not None:
             old = self._tables[0]
             enough = old.shape[0] >= seqlen if self.scale_base is None else old.shape[0] == seqlen
             if enough and (old.device, old.dtype) == (like.device, like.dtype):
                 return self._tables
+        self._tables = self._new_tables(seqlen, like)
+        return self._tables
+
+    def _new_tables(self, seqlen: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.float32 if self.pos_idx_in_fp32 else self.inv_freq.dtype
         positions = torch.arange(seqlen, device=like.device, dtype=dtype)
         share = torch.arange(0, self.dim, 2, device=like.device, dtype=dtype) / self.dim
@@ -216,14 +240,12 @@ class RotaryEmbedding(torch.nn.Module):
         cos, sin = angles.cos(), angles.sin()
         if self.scale_base is None:
             cos, sin = cos.to(like.dtype), sin.to(like.dtype)
-            self._tables = (cos, sin, cos, sin)
-        else:
-            power = (positions - seqlen // 2) / self.scale_base
-            scale = ((share + 0.4) / 1.4) ** power[:, None]
-            tables = (cos * scale, sin * scale, cos / scale, sin / scale)
-            cos, sin, cos_k, sin_k = (table.to(like.dtype) for table in tables)
-            self._tables = (cos, sin, cos_k, sin_k)
-        return self._tables
+            return cos, sin, cos, sin
+        power = (positions - seqlen // 2) / self.scale_base
+        scale = ((share + 0.4) / 1.4) ** power[:, None]
+        tables = (cos * scale, sin * scale, cos / scale, sin / scale)
+        cos, sin, cos_k, sin_k = (table.to(like.dtype) for table in tables)
+        return cos, sin, cos_k, sin_k
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, dims: int) -> None:
