@@ -181,7 +181,8 @@ class MHA(torch.nn.Module):
             attention = self.inner_attn if len(inputs) == 1 else self.inner_cross_attn
             out = self._attend(attention, *inputs, **kwargs)
         else:
-            out = self._attend_to_cache(*inputs, inference_params, **kwargs)
+            q, kv = inputs
+            out = self._attend_to_cache(q, kv, inference_params, **kwargs)
         out = self.out_proj(out.flatten(-2))
         return (out, x) if self.return_residual else out
 

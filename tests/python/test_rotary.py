@@ -152,6 +152,56 @@ def test_embedding(interleaved: bool) -> None:
     torch.testing.assert_close(new_kv[:, :, 0], expected_k, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale_base", [None, 8.0])
+@pytest.mark.parametrize("max_seqlen", [None, 9])
+def test_embedding_of_packed_sequences(scale_base: float | None, max_seqlen: int | None) -> None:
+    """Each sequence as if alone, among rows of none; an empty one too."""
+    rotary = RotaryEmbedding(6, scale_base=scale_base)
+    cu_seqlens = torch.tensor([2, 9, 9, 18], dtype=torch.int32)
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    qkv, heads, q, kv = _x(20, 3, 4, 10), _x(20, 8, 10), _x(20, 4, 10), _x(20, 2, 1, 10)
+    given = [t.clone() for t in (qkv, heads, q, kv)]
+    assert rotary(qkv, **options) is qkv
+    assert rotary(heads, num_heads_q=4, **options) is heads
+    new_q, new_kv = rotary(q, kv, **options)
+    assert new_q is q
+    assert new_kv is kv
+    expected = [t.clone() for t in given]
+    for begin, end in ((2, 9), (9, 18)):
+        alone = [t[None, begin:end].clone() for t in given]
+        # The tables' length, on which xPos's middle depends
+        length = max_seqlen or 20
+        rotary(alone[0], max_seqlen=length)
+        rotary(alone[1], max_seqlen=length, num_heads_q=4)
+        rotary(alone[2], alone[3], max_seqlen=length)
+        for whole, part in zip(expected, alone, strict=True):
+            whole[begin:end] = part[0]
+    for got, want in zip((qkv, heads, q, kv), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(qkv, given[0])
+
+
+def test_tables_of_inference_serve_training() -> None:
+    rotary = RotaryEmbedding(8)
+    with torch.inference_mode():
+        rotary(_x(1, 30, 3, 2, 8, dtype=torch.float32))
+    x = _x(1, 9, 3, 2, 8, dtype=torch.float32).requires_grad_()
+    rotary(x.clone()).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x)
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    torch._dynamo.reset()
+    rotary = RotaryEmbedding(6)
+    compiled = torch.compile(rotary, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen in (5, 9, 7):
+            qkv = _x(2, seqlen, 3, 2, 10)
+            expected = RotaryEmbedding(6)(qkv.clone())
+            torch.testing.assert_close(compiled(qkv), expected)
+            rotary(_x(2, 30, 3, 2, 10))  # which fills the tables of eager mode
+
+
 def test_relative_positions_are_all_that_scores_depend_on() -> None:
     """What rotary embeddings are for, and what xPos adds: a factor of the distance alone."""
     q, k = _x(1, 1, 1, 8), _x(1, 1, 1, 8)
@@ -216,5 +266,10 @@ def test_errors_of_packed_tensors() -> None:
         apply_rotary_emb_qkv_(_x(2, 7, 8, 10), cos, sin)
     with pytest.raises(ValueError, match=r"^kv: expected shape .* got \(2, 7, 3, 3, 10\)"):
         apply_rotary_emb_kv_(_x(2, 7, 3, 3, 10), cos, sin)
+    rows = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^qkv: expected shape \(total, 3, heads, head_dim\)"):
+        apply_rotary_emb_qkv_(_x(2, 7, 3, 3, 10), cos, sin, cu_seqlens=rows)
+    with pytest.raises(ValueError, match=r"^kv: expected shape \(total, 2, heads, head_dim\)"):
+        apply_rotary_emb_kv_(_x(2, 7, 2, 3, 10), cos, sin, cu_seqlens=rows)
     with pytest.raises(ValueError, match=r"^dim: expected a positive even number, got 7"):
         RotaryEmbedding(7)
