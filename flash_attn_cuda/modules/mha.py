@@ -150,7 +150,8 @@ class MHA(torch.nn.Module):
             key_padding_mask: (batch, seqlen_k) bool, True where a key exists.
             cu_seqlens: (batch + 1,) int32, the first row of each packed sequence, and the end.
                 Beside x_kv, also give cu_seqlens_k.
-            max_seqlen: rows of rotary tables of packed sequences; default: total.
+            max_seqlen: the longest packed sequence, or more: rotary tables have so many rows;
+                default: total.
             mixer_subset: with cross_attn, an index of x along seqlen: which tokens are queries.
             inference_params: an :class:`InferenceParams` or alike. Keys and values join those in
                 this layer's cache, and queries attend to all of them: decoding token by token is
@@ -224,6 +225,8 @@ class MHA(torch.nn.Module):
                 length = inference_params.max_seqlen
             elif cu_seqlens is not None and not isinstance(max_seqlen, Tensor):
                 length = max_seqlen
+            if heads.requires_grad:
+                heads = heads.clone()  # autograd refuses writes into results of hooked modules
             self.rotary_emb(heads, None, offset, length, self.num_heads, cu_seqlens=cu_seqlens)
         if inference_params is None and self.num_heads == self.num_heads_kv:
             return (torch.unflatten(heads, -2, (3, self.num_heads)),)

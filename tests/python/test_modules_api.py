@@ -167,3 +167,11 @@ def test_errors_of_inputs(
 ) -> None:
     with pytest.raises(error, match=message):
         MHA(48, 6, cross_attn=cross_attn)(**{"x": X, **arguments})
+
+
+def test_snippet(device: str) -> None:
+    layer = MHA(512, 8, num_heads_kv=2, causal=True, rotary_emb_dim=64, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        out = layer(torch.randn(2, 1024, 512, device=device))  # (batch, seqlen, embed_dim)
+    assert out.shape == (2, 1024, 512)
+    assert out.isfinite().all()
