@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The mask of a model's forward pass, as the attention of its layers takes it.
 
-transformers describes a mask by a function of (batch, head, query, key), made of a few known pieces,
-and asks the attention implementation once per forward pass for a mask of its own kind. Ours is
+transformers describes a mask by a function of (batch, head, query, key), made of a few known
+pieces, and asks the attention implementation once per forward pass for a mask of its own kind. Ours
+is
 
 - None: nothing but what the layer knows itself, causal or not, and its sliding window;
 - bool (batch, keys): which keys exist, beside that. Keys beyond are of a cache not yet filled;
@@ -49,7 +50,8 @@ def mask_of(
     """What transformers.AttentionMaskInterface asks for.
 
     Args:
-        batch_size, q_length, kv_length: of the layer's tensors. kv_length may be a cache's capacity.
+        batch_size, q_length, kv_length: of the layer's tensors; kv_length may be all that a cache
+            can hold.
         q_offset, kv_offset: positions of their first rows.
         cache_position: positions of the queries, before transformers 5 instead of q_length and
             q_offset.

@@ -19,7 +19,7 @@ from flash_attn_cuda.hf._masks import mask_of
 # Without "flash", by which transformers would look for another package.
 NAME = "fa_cuda"
 
-# What a module or a config may hold of the implementation beside its name, and what ours makes of it.
+# What modules and configs may hold of the implementation, and what it becomes.
 _HELD = {
     "_attn_implementation_internal": NAME,
     "_attn_implementation": NAME,
@@ -114,11 +114,11 @@ def _other_attention(modules: dict[str, nn.Module], patched: tuple[str, ...]) ->
     inside of one."""
     around = {outer for name in patched for outer in _outer_names(name)}
     names = [n for n, m in modules.items() if "Attention" in type(m).__name__]
-    outermost_inside = {outer for name in names for outer in _outer_names(name)}
+    around_others = {outer for name in names for outer in _outer_names(name)}
     for name in names:
-        if name not in around and name not in outermost_inside and name not in patched:
-            if not any(outer in patched for outer in _outer_names(name)):
-                yield name
+        innermost = name not in around | around_others
+        if innermost and not any(n in patched for n in (name, *_outer_names(name))):
+            yield name
 
 
 def _outer_names(name: str) -> Iterator[str]:

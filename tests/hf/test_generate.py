@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""generate() with caches that grow and caches of a fixed size: token for token as eager attention."""
+"""generate() with caches that grow and of a fixed size: token for token as eager attention."""
 
 from __future__ import annotations
 

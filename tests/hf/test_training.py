@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""transformers' Trainer on our kernels and on eager attention: the same losses, the same weights."""
+"""transformers' Trainer on our kernels and on eager attention: the same losses and weights."""
 
 from __future__ import annotations
 

@@ -47,9 +47,13 @@ _BART = {
 
 @dataclass(frozen=True)
 class Model:
-    """kind: "decoder", "encoder", "both" (encoder and decoder), "speech" or "image". attentions: how
-    many times a forward pass computes attention. patchable_from, packs_from: the first version of
-    transformers in which it asks the registry, and gives position_ids to its mask."""
+    """A class of transformers with a small configuration.
+
+    kind: "decoder", "encoder", "both" (encoder and decoder), "speech" or "image".
+    attentions: how many times a forward pass computes attention.
+    patchable_from: the first version of transformers in which the model asks the registry.
+    packs_from: the first one in which it tells its attention where packed sequences begin.
+    """
 
     name: str
     architecture: str
@@ -79,7 +83,7 @@ class Model:
         )
         with torch.no_grad():
             for parameter in model.parameters():
-                # Far from what initialisation makes: attention over nearly equal scores tells little.
+                # Larger than a model begins with: nearly equal scores would tell little.
                 noise = torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 0.5)
                 parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
         return model.eval()
@@ -126,6 +130,16 @@ MODELS = (
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
             "first_k_dense_replace": 2,
+        },
+    ),
+    Model(  # chunks of keys, which no rule of the kernels says: a mask of pairs
+        *("llama4", "Llama4ForCausalLM", "Llama4TextConfig", "decoder"),
+        {
+            **_GROUPED,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": WINDOW,
+            "no_rope_layers": [1, 0],
+            "moe_layers": [],
         },
     ),
     Model("bert", "BertForMaskedLM", "BertConfig", "encoder", _SIZES, patchable_from=(5, 0)),
