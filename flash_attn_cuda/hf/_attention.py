@@ -93,7 +93,8 @@ def attention(
         if attention_mask is not None and not is_complete:
             keys = attention_mask.shape[1]  # those beyond are of a cache not yet filled
             k, v = k[:, :keys], v[:, :keys]
-        out = flash_attn_func(q, k, v, **options, **_rules(attention_mask, position_bias, k))
+        options.update(_rules(attention_mask, position_bias, k))
+        out = flash_attn_func(q, k, v, **options)
     return (out if head_mask is None else out * _of_heads(head_mask)), None
 
 
@@ -167,10 +168,11 @@ def _packed(
             "position_bias: fa_cuda has none for sequences packed by cu_seq_lens_q; pack by "
             "position_ids, or pad"
         )
-    out: Tensor = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q.int(), cu_seqlens_k.int(), **options
-    )
-    return out.unflatten(0, q.shape[:2])
+    of_batch = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    lengths = (cu_seqlens_q.int(), cu_seqlens_k.int())
+    out: Tensor = flash_attn_varlen_func(q, k, v, *lengths, **options)
+    return out.view(*of_batch, *out.shape[1:])
 
 
 def _of_heads(head_mask: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # All layers of a forward pass get the same positions, and looking at them waits for the GPU: it is
 # done once for a version of a tensor.
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_known: MutableMapping[Tensor, tuple[int | None, Tensor | None]] = WeakTensorKeyDictionary()
 
 
 def documents_of(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -25,7 +27,8 @@ def documents_of(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
     if position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
         return None
     if torch.compiler.is_compiling():
-        return _count_documents(position_ids).expand(shape)
+        # Nobody can look: one row may be packed, as transformers' collator makes it; more are not.
+        return _count_documents(position_ids) if shape[0] == 1 else None
     documents = _remembered_documents(position_ids)
     return None if documents is None else documents.expand(shape)
 
