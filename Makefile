@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 PIP_QUIET := --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: demo test lint kernels cuda_tests fuzz clean FORCE
+.PHONY: demo test lint kernels cuda_tests fuzz oldest_transformers clean FORCE
 
 demo: $(VENV)/.built
 	$(RUN) -m flash_attn_cuda --plot first_light.png
@@ -45,6 +45,10 @@ cuda_tests: $(VENV)/.installed
 fuzz: $(VENV)/.built
 	$(RUN) -m tests.fuzz --device cpu --cases 3000
 
+# The tests of models once more, with the oldest transformers that is supported: two minutes.
+oldest_transformers: $(VENV)/.built $(VENV)/.oldest_transformers
+	PYTHONPATH=$(VENV)/oldest_transformers $(RUN) -m pytest tests/hf
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info flash_attn_cuda/*.so
 
@@ -53,6 +57,11 @@ $(VENV)/.installed: .ci/requirements.txt
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo 'installing torch and the tools into $(VENV): a few minutes'
 	@$(RUN) -m pip install $(PIP_QUIET) '$(TORCH)' -r .ci/requirements.txt
+	@touch $@
+
+$(VENV)/.oldest_transformers: $(VENV)/.installed
+	@rm -rf $(VENV)/oldest_transformers
+	@$(RUN) -m pip install $(PIP_QUIET) --target $(VENV)/oldest_transformers transformers==4.53.3
 	@touch $@
 
 # Where there is an NVIDIA driver and no CUDA toolkit, setup.py names the packages that bring nvcc.

@@ -164,10 +164,10 @@ def writer(stack: ExitStack, path: Path, columns: tuple[str, ...]) -> csv.DictWr
     return made
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], columns: tuple[str, ...] = PRINTED) -> str:
     """As Markdown."""
-    lines = [PRINTED, ["---"] * len(PRINTED)]
-    lines += [[row.get(column, "") for column in PRINTED] for row in rows]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
