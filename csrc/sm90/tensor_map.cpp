@@ -24,6 +24,14 @@ Encode find_encode() {
   return reinterpret_cast<Encode>(function);
 }
 
+// The driver wants a context, which the runtime gives a thread with its first call that needs one:
+// autograd's thread may have made none.
+void enter_context() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "find the current device");
+  check_cuda(cudaSetDevice(device), "enter the device's context");
+}
+
 }  // namespace
 
 CUtensorMap make_tensor_map(const TensorMapRequest& request) {
@@ -49,13 +57,19 @@ CUtensorMap make_tensor_map(const TensorMapRequest& request) {
   const cuuint32_t box[kRank] = {64, static_cast<cuuint32_t>(request.box_rows), 1, 1};
   const cuuint32_t element_strides[kRank] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status =
-      encode(&map,
-             request.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             kRank, data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto describe = [&] {
+    return encode(&map,
+                  request.dtype == Dtype::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  kRank, data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = describe();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    enter_context();
+    status = describe();
+  }
   check(status == CUDA_SUCCESS, ErrorKind::kRuntime,
         "CUDA could not describe a tensor to TMA: error ", static_cast<int>(status));
   return map;

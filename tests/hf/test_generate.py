@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_attn_cuda import hf
-from tests.support.hf_models import MODELS, VERSION, WINDOW, Model, make_inputs
+from tests.support.hf_models import MODELS, WINDOW, Model, make_inputs
 from tests.support.operators import CountOperators
 
 hf.register()
@@ -30,8 +30,6 @@ GREEDY = {
 def test_tokens_are_those_of_eager_attention(
     model: Model, padding: str, cache: str, device: str
 ) -> None:
-    if model.name == "deepseek_v3" and cache == "static" and VERSION < (5, 0):
-        pytest.skip("transformers before 5.0 has no such cache for values narrower than keys")
     eager, ours = (m.to(device) for m in model.make_pair())
     inputs = {
         name: x.to(device)
@@ -40,6 +38,11 @@ def test_tokens_are_those_of_eager_attention(
     }
     expected = eager.generate(**inputs, **GREEDY)
     implementation = None if cache == "dynamic" else cache
+    if cache == "static":
+        try:
+            eager.generate(**inputs, **GREEDY, cache_implementation=implementation)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            pytest.skip(f"this transformers has no such cache for this model: {error}")
     with CountOperators() as count:
         got = ours.generate(**inputs, **GREEDY, cache_implementation=implementation)
     assert torch.equal(got, expected)

@@ -141,6 +141,7 @@ MODELS = (
             "no_rope_layers": [1, 0],
             "moe_layers": [],
         },
+        packs_from=(99, 0),  # nothing tells that mask where sequences begin if there is a cache
     ),
     Model("bert", "BertForMaskedLM", "BertConfig", "encoder", _SIZES, patchable_from=(5, 0)),
     Model(
