@@ -3,7 +3,8 @@
 
 Eager calls with gradients go through an autograd.Function; the same formulas are registered on the
 operator for torch.compile and torch.export, where the higher cost of registration is paid once,
-while tracing.
+while tracing. _transforms.py has the rules of torch.func.vmap, and _higher_order.py the derivatives
+beyond the gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from flash_attn_cuda import _higher_order, _transforms
 from flash_attn_cuda._load import load_extension
 
 _C = load_extension()
@@ -170,8 +173,7 @@ def _dropout_mask_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)
+    _higher_order.save(ctx, q, k, v, *output)
 
 
 def _gradients(
@@ -192,23 +194,14 @@ def _gradients(
     return dq, dk, dv, None, None, None, None, None
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise NotImplementedError(
-        "the gradient of flash_attn_cuda's gradient is not implemented: call backward() without "
-        "create_graph=True, or use flash_attn_cuda.reference.attention_ref, which is "
-        "differentiable any number of times"
-    )
-
-
 def _setup_general_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     q, k, v, *options = inputs
     out, softmax_lse, max_logit = output
-    ctx.save_for_backward(q, k, v, out, softmax_lse, *options[:_TENSORS])
+    _higher_order.save(ctx, q, k, v, out, softmax_lse, *options[:_TENSORS])
     ctx.options = options[_TENSORS:]
     ctx.mark_non_differentiable(max_logit)
-    ctx.set_materialize_grads(False)
 
 
 def _general_gradients(
@@ -242,13 +235,22 @@ def _general_gradients(
 torch.library.register_autograd(
     "flash_attn_cuda::fwd", partial(_gradients, _bwd), setup_context=_setup_context
 )
-torch.library.register_autograd("flash_attn_cuda::bwd", _refuse_double_backward)
+torch.library.register_autograd(
+    "flash_attn_cuda::bwd",
+    _higher_order.double_backward,
+    setup_context=_higher_order.setup_backward,
+)
 torch.library.register_autograd(
     "flash_attn_cuda::fwd_general",
     partial(_general_gradients, _bwd_general),
     setup_context=_setup_general_context,
 )
-torch.library.register_autograd("flash_attn_cuda::bwd_general", _refuse_double_backward)
+torch.library.register_autograd(
+    "flash_attn_cuda::bwd_general",
+    _higher_order.double_backward,
+    setup_context=_higher_order.setup_backward,
+)
+_transforms.register("flash_attn_cuda")
 
 
 # For eager mode: without the autograd registered above, and errors get their own types.
@@ -258,11 +260,13 @@ class _Backward(torch.autograd.Function):
         dq, dk, dv = _bwd_eager(*inputs)
         return dq, dk, dv
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+    setup_context = staticmethod(_higher_order.setup_backward)
+    backward = staticmethod(_higher_order.double_backward)
+    jvp = staticmethod(_higher_order.backward_jvp)
 
-    backward = staticmethod(_refuse_double_backward)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _transforms.attention(_Backward.apply, info, in_dims, *inputs)
 
 
 class _Forward(torch.autograd.Function):
@@ -271,15 +275,17 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _fwd_eager(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0]
+        out, softmax_lse = _fwd_eager(*inputs)
+        q, k, v, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, out, softmax_lse)
+        ctx.set_materialize_grads(False)
+        return out
 
     @staticmethod
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        run_bwd = _Backward.apply if torch.is_grad_enabled() else _bwd_eager
+        run_bwd = _Backward.apply if _is_differentiated() else _bwd_eager
         try:
             return _gradients(run_bwd, ctx, dout, dlse)
         except RuntimeError as error:
@@ -287,14 +293,19 @@ class _Forward(torch.autograd.Function):
 
 
 class _ForwardWithLse(_Forward):
-    """The same with gradients through the LSE too, and with the setup_context that torch.func
-    demands."""
+    """The same with gradients through the LSE too, and with all that torch.func and forward-mode AD
+    demand."""
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return _fwd_eager(*inputs)
 
     setup_context = staticmethod(_setup_context)
+    jvp = staticmethod(_higher_order.forward_jvp)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _transforms.attention(_ForwardWithLse.apply, info, in_dims, *inputs)
 
 
 class _GeneralBackward(torch.autograd.Function):
@@ -302,11 +313,13 @@ class _GeneralBackward(torch.autograd.Function):
     def forward(*inputs: Any) -> Any:
         return _bwd_general_eager(*inputs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+    setup_context = staticmethod(_higher_order.setup_backward)
+    backward = staticmethod(_higher_order.double_backward)
+    jvp = staticmethod(_higher_order.backward_jvp)
 
-    backward = staticmethod(_refuse_double_backward)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _transforms.general_backward(_GeneralBackward.apply, info, in_dims, *inputs)
 
 
 class _GeneralForward(torch.autograd.Function):
@@ -319,10 +332,18 @@ class _GeneralForward(torch.autograd.Function):
     setup_context = staticmethod(_setup_general_context)
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_higher_order.forward_jvp(ctx, *tangents), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _transforms.general_forward(_GeneralForward.apply, info, in_dims, *inputs)
+
+    @staticmethod
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmax_logit: None
     ) -> tuple[Tensor | None, ...]:
-        run_bwd = _GeneralBackward.apply if torch.is_grad_enabled() else _bwd_general_eager
+        run_bwd = _GeneralBackward.apply if _is_differentiated() else _bwd_general_eager
         try:
             return _general_gradients(run_bwd, ctx, dout, dlse)
         except RuntimeError as error:
@@ -332,16 +353,53 @@ class _GeneralForward(torch.autograd.Function):
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """All that Function.apply() does outside torch.func, where this torch has it by itself: it
     takes longer to find out that there is nothing else to do."""
-    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+    apply: Callable[..., Any] = function.apply
+    return getattr(super(torch.autograd.Function, function), "apply", apply)
 
 
 _apply = _apply_of(_Forward)
 _apply_with_lse = _apply_of(_ForwardWithLse)
+_apply_transformed: Callable[..., Any] = _ForwardWithLse.apply
+_apply_general: Callable[..., Any] = _GeneralForward.apply
 
-# Where torch lacks this question, the slower apply() serves all calls.
-_inside_torch_func: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: True
-)
+# Names of this module are found sooner.
+_inside_torch_func = _transforms.inside_torch_func
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _is_differentiated() -> bool:
+    """Forward-mode AD does not heed torch.no_grad()."""
+    return _is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _traced_transform(*inputs: Any) -> Any:
+    return _apply_transformed(*inputs)
+
+
+def _traced_general_transform(*inputs: Any) -> Any:
+    return _apply_general(*inputs)
+
+
+def _traces_transforms() -> bool:
+    """Whether torch.func or forward-mode AD differentiate or map what is being traced.
+
+    Dynamo then takes the functions above into its graph as they are, and whoever runs the graph
+    finds the autograd.Function with its rules, which an operator cannot have. torch.export, whose
+    graphs have operators alone, exports no derivatives, and operators can be mapped.
+    """
+    if not _inside_torch_func() and forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_exporting():
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                "torch.export of forward-mode AD through flash_attn_cuda is not implemented"
+            )
+        return False
+    torch.compiler.allow_in_graph([_traced_transform, _traced_general_transform])  # type: ignore[no-untyped-call]
+    return True
+
+
+_traces_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(
@@ -370,13 +428,15 @@ def attention(
     """
     inputs = (q, k, v, softmax_scale, window_left, window_right, deterministic, allows_tf32(q))
     if torch.compiler.is_compiling():
-        output = _fwd(*inputs)
+        output = _traced_transform(*inputs) if _traces_transforms() else _fwd(*inputs)
         return output if return_lse else output[0]
     try:
-        if not torch.is_grad_enabled():
+        if forward_ad._current_level >= 0:
+            output = _apply_transformed(*inputs)
+        elif not _is_grad_enabled():
             output = _fwd_eager(*inputs)
         elif _inside_torch_func():
-            output = _ForwardWithLse.apply(*inputs)  # type: ignore[no-untyped-call]
+            output = _apply_transformed(*inputs)
         elif return_lse:
             output = _apply_with_lse(*inputs)
         else:
@@ -439,11 +499,13 @@ def general_attention(
     options = (softmax_scale, window_left, window_right, deterministic, allows_tf32(q))
     inputs = (q, k, v, *tensors, *terms.inputs, *options, needs_max_logit)
     if torch.compiler.is_compiling():
+        if _traces_transforms():
+            return _traced_general_transform(*inputs)  # type: ignore[no-any-return]
         return _fwd_general(*inputs)  # type: ignore[no-any-return]
     try:
-        if not torch.is_grad_enabled():
+        if not _is_differentiated():
             return _fwd_general_eager(*inputs)  # type: ignore[no-any-return]
-        return _GeneralForward.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_general(*inputs)  # type: ignore[no-any-return]
     except RuntimeError as error:
         _raise_named(error)
 

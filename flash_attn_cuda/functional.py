@@ -57,6 +57,13 @@ def flash_attn_func(
     every mask must say True. What a query does not see has no influence on it. A query that sees no
     key has output 0, LSE -inf, gradient 0.
 
+    All transforms of torch.func apply. vmap of any arguments is one call, in which the mapped
+    dimension joins the batch; but one call for each element with dropout, with return_max_logit, or
+    where sinks are mapped or have gradients of each element. Derivatives beyond the gradient
+    (double backward, forward-mode AD, of any order) are computed in plain torch from q, k and v, in
+    float32 (float64 for float64), 64 queries at a time: in memory linear in the sequence length.
+    With dropout they raise NotImplementedError.
+
     Args:
         q: (batch, seqlen_q, heads, head_dim), head_dim up to 512. bfloat16, float16, float32 (on
             CUDA with a head_dim up to 256) or, on the CPU, float64. Any strides. On CUDA, products

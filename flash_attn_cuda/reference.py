@@ -67,9 +67,10 @@ def visible_pairs(
     document_ids: Tensor | None = None,
     prefix_lens: Tensor | None = None,
     block_mask: Tensor | None = None,
+    rows: range | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which keys each query sees: bool, (batch or 1, heads or 1, seqlen_q, seqlen_k).
+    """Which keys each query sees: bool, (batch or 1, heads or 1, queries, seqlen_k).
 
     Query i sees key j iff both exist, the window shows j or j < prefix_lens, both are of one
     document, and every mask is True there. Masks and documents count from row 0 of the tensors.
@@ -79,21 +80,26 @@ def visible_pairs(
     attn_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k); key_padding_mask:
     (batch, seqlen_k); block_mask: broadcastable to
     (batch, heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)).
+
+    rows: consecutive queries, default all. The result, and attn_mask, are of these rows alone.
     """
-    query, key, length_q, length_k = _places(seqlen_q, seqlen_k, seqlens_q, seqlens_k, device)
-    distance = _distance(seqlen_q, seqlen_k, seqlens_q, seqlens_k, device)
+    rows = range(seqlen_q) if rows is None else rows
+    lengths = (seqlens_q, seqlens_k)
+    query, key, length_q, length_k = _places(rows, seqlen_q, seqlen_k, *lengths, device)
+    distance = _distance(rows, seqlen_q, seqlen_k, *lengths, device)
     visible = _in_window(distance, causal, window_size)
     if prefix_lens is not None:
         visible = visible | (key < prefix_lens[:, None, None, None])
     visible = visible & (query < length_q) & (key < length_k)
     if document_ids is not None:
-        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        of_query = document_ids[:, None, rows.start : rows.stop, None]
+        visible = visible & (of_query == document_ids[:, None, None, :])
     if key_padding_mask is not None:
         visible = visible & key_padding_mask[:, None, None, :]
     if attn_mask is not None:
         visible = visible & attn_mask
     if block_mask is not None:
-        visible = visible & _expand_blocks(block_mask, seqlen_q, seqlen_k)
+        visible = visible & _expand_blocks(block_mask, query.flatten(), key.flatten())
     return visible
 
 
@@ -105,6 +111,8 @@ def attention_ref(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     kept: Tensor | None = None,
+    rows: range | None = None,
+    seqlen_q: int | None = None,
     upcast: torch.dtype = torch.float64,
     **of_scores: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -119,18 +127,23 @@ def attention_ref(
     that these hide has no influence, even where its bias is NaN, nor has a row of q, k or v that
     takes part in no pair.
 
+    Given rows and seqlen_q, q, attn_bias, attn_mask, kept and the results are of these consecutive
+    rows alone, of seqlen_q queries in all.
+
     Returns out, (batch, seqlen_q, heads, head_dim_v), and lse, (batch, heads, seqlen_q), the
     natural logarithm of each row's softmax denominator, both in `upcast`. A row that sees no key,
     or only scores of -inf, has out 0, lse -inf (or its sink) and gradients of 0 but for the sink's.
     """
-    scores = attention_scores(q, k, upcast=upcast, **of_scores)
+    seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
+    rows = range(seqlen_q) if rows is None else rows
+    scores = attention_scores(q, k, rows=rows, seqlen_q=seqlen_q, upcast=upcast, **of_scores)
     seen = (scores != -math.inf).any(dim=2)[..., None]
     # NaN times 0 is NaN: rows without a pair are 0.
     v = _repeat_heads(v.to(upcast).transpose(1, 2), q.shape[2]).masked_fill(~seen, 0.0)
     terms = scores
     if sinks is not None:
         query, _, length_q, _ = _places(
-            q.shape[1], k.shape[1], of_scores.get("seqlens_q"), None, q.device
+            rows, seqlen_q, k.shape[1], of_scores.get("seqlens_q"), None, q.device
         )
         sink = sinks.to(upcast)[:, None, None].masked_fill(query >= length_q, -math.inf)
         terms = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=-1)
@@ -155,6 +168,8 @@ def attention_scores(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    rows: range | None = None,
+    seqlen_q: int | None = None,
     upcast: torch.dtype = torch.float64,
     **visibility: Any,
 ) -> Tensor:
@@ -164,10 +179,12 @@ def attention_scores(
     q and k are as for `attention_ref`. softmax_scale is 1 / sqrt(head_dim) by default; softcap is
     none where 0. Query i is aligned with key i + seqlen_k - seqlen_q (of seqlens_q and seqlens_k
     where given), and ALiBi adds - slope * its distance from the key: alibi_slopes is (heads,) or
-    (batch, heads). attn_bias is added and broadcastable to the result. `visibility` are the
-    arguments of `visible_pairs`.
+    (batch, heads). attn_bias is added and broadcastable to the result. rows and seqlen_q are as for
+    `attention_ref`, and `visibility` are the arguments of `visible_pairs`.
     """
-    visible = visible_pairs(q.shape[1], k.shape[1], device=q.device, **visibility)
+    seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
+    rows = range(seqlen_q) if rows is None else rows
+    visible = visible_pairs(seqlen_q, k.shape[1], rows=rows, device=q.device, **visibility)
     seeing, seen = visible.any(dim=3)[..., None], visible.any(dim=2)[..., None]
     heads = q.shape[2]
     # (batch, heads, seqlen, head_dim) from here on. NaN times 0 is NaN: rows without a pair are 0.
@@ -179,7 +196,7 @@ def attention_scores(
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         lengths = (visibility.get("seqlens_q"), visibility.get("seqlens_k"))
-        distance = _distance(q.shape[2], k.shape[2], *lengths, q.device).abs()
+        distance = _distance(rows, seqlen_q, k.shape[2], *lengths, q.device).abs()
         scores = scores - alibi_slopes.to(upcast)[..., None, None] * distance
     if attn_bias is not None:
         scores = scores + attn_bias.to(upcast)
@@ -222,7 +239,7 @@ def attention_varlen_ref(
     out 0 and lse -inf.
     """
     slopes = alibi_slopes
-    rows_q, rows_k = _rows(cu_seqlens_q, seqused_q), _rows(cu_seqlens_k, seqused_k)
+    rows_q, rows_k = sequence_rows(cu_seqlens_q, seqused_q), sequence_rows(cu_seqlens_k, seqused_k)
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=upcast, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=upcast, device=q.device)
     for index, (of_q, of_k) in enumerate(zip(rows_q, rows_k, strict=True)):
@@ -284,14 +301,15 @@ def _scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
 
 
 def _places(
+    rows: range,
     seqlen_q: int,
     seqlen_k: int,
     seqlens_q: Tensor | None,
     seqlens_k: Tensor | None,
     device: torch.device | str | None,
 ) -> tuple[Tensor, Tensor, int | Tensor, int | Tensor]:
-    """Queries, keys and how many exist, each broadcastable to (batch, 1, seqlen_q, seqlen_k)."""
-    query = torch.arange(seqlen_q, device=device)[None, None, :, None]
+    """Queries, keys and how many exist, each broadcastable to (batch, 1, rows, seqlen_k)."""
+    query = torch.arange(rows.start, rows.stop, device=device)[None, None, :, None]
     key = torch.arange(seqlen_k, device=device)[None, None, None, :]
     length_q = seqlen_q if seqlens_q is None else seqlens_q[:, None, None, None]
     length_k = seqlen_k if seqlens_k is None else seqlens_k[:, None, None, None]
@@ -299,15 +317,17 @@ def _places(
 
 
 def _distance(
+    rows: range,
     seqlen_q: int,
     seqlen_k: int,
     seqlens_q: Tensor | None,
     seqlens_k: Tensor | None,
     device: torch.device | str | None,
 ) -> Tensor:
-    """How far a key lies after the one that is aligned with the query: (batch or 1, 1, seqlen_q,
+    """How far a key lies after the one that is aligned with the query: (batch or 1, 1, rows,
     seqlen_k)."""
-    query, key, length_q, length_k = _places(seqlen_q, seqlen_k, seqlens_q, seqlens_k, device)
+    lengths = (seqlens_q, seqlens_k)
+    query, key, length_q, length_k = _places(rows, seqlen_q, seqlen_k, *lengths, device)
     return key - (query + length_k - length_q)
 
 
@@ -324,14 +344,14 @@ def _in_window(distance: Tensor, causal: bool, window_size: tuple[int, int]) -> 
     return mask
 
 
-def _expand_blocks(block_mask: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
-    for dim, seqlen in ((-2, seqlen_q), (-1, seqlen_k)):
+def _expand_blocks(block_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    for dim, places in ((-2, query), (-1, key)):
         if block_mask.dim() >= -dim and block_mask.shape[dim] != 1:
-            block_mask = block_mask.repeat_interleave(BLOCK, dim=dim).narrow(dim, 0, seqlen)
+            block_mask = block_mask.index_select(dim, places // BLOCK)
     return block_mask
 
 
-def _rows(cu_seqlens: Tensor, seqused: Tensor | None) -> list[slice]:
+def sequence_rows(cu_seqlens: Tensor, seqused: Tensor | None) -> list[slice]:
     begins, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
     if seqused is not None:
         lengths = zip(begins, ends, seqused.tolist(), strict=True)

@@ -56,7 +56,9 @@ def flash_attn_varlen_func(
     padding.
 
     Sequence b has the queries ``q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]]``, and keys alike. Its
-    windows are aligned at its own bottom right. A sequence may be empty. Nothing waits for the GPU.
+    windows are aligned at its own bottom right. A sequence may be empty. Nothing waits for the GPU
+    but derivatives beyond the gradient, which are computed one sequence after another. vmap is one
+    call for each element.
 
     Args:
         q: (total_q, heads, head_dim).
