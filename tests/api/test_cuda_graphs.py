@@ -42,7 +42,7 @@ def _assert_trains_alike(one: torch.nn.Module, other: torch.nn.Module) -> None:
             gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
             results.append([result.detach().clone() for result in (out, *gradients)])
         for got, expected in zip(*results, strict=True):
-            torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(got, expected, rtol=1.6e-2, atol=2e-3)
 
 
 def _assert_masks_differ(masks: list[Tensor]) -> None:

@@ -167,8 +167,8 @@ class Call:
     inputs: Callable[[Make], Iterable[Any]]
 
 
-# By the public name, and what is special. Rotary's in-place functions turn copies: torch does not
-# let a leaf be changed.
+# By the public name, and what is special. Rotary's in-place functions turn copies, for torch does
+# not let a leaf be changed; the gradients of those that RotaryEmbedding calls are taken there.
 CALLS: dict[str, Call] = {
     "flash_attn_func": Call(
         lambda q, k, v: flash_attn_func(q, k, v, causal=True, deterministic=True, return_lse=True),
@@ -176,10 +176,6 @@ CALLS: dict[str, Call] = {
     ),
     "flash_attn_func: all": Call(
         _all, lambda make: [*make.padded(), make.x(2, 4), make.x(4), *_rules(make)]
-    ),
-    "flash_attn_func: probabilities": Call(
-        lambda q, k, v: flash_attn_func(q, k, v, 0.2, deterministic=True, return_attn_probs=True),
-        Make.padded,
     ),
     "flash_attn_qkvpacked_func": Call(
         lambda qkv: flash_attn_qkvpacked_func(qkv, deterministic=True),
@@ -247,11 +243,11 @@ CALLS: dict[str, Call] = {
     ),
     "rotary.apply_rotary_emb_qkv_": Call(
         lambda qkv, cos, sin: rotary.apply_rotary_emb_qkv_(qkv.clone(), cos, sin),
-        lambda make: [make.x(2, make.seqlen, 3, 4, HEAD_DIM), *make.tables()],
+        lambda make: [make.x(2, make.seqlen, 3, 4, HEAD_DIM, grad=False), *make.tables()],
     ),
     "rotary.apply_rotary_emb_kv_": Call(
         lambda kv, cos, sin: rotary.apply_rotary_emb_kv_(kv.clone(), cos, sin, seqlen_offsets=2),
-        lambda make: [make.x(2, make.seqlen, 2, 4, HEAD_DIM), *make.tables()],
+        lambda make: [make.x(2, make.seqlen, 2, 4, HEAD_DIM, grad=False), *make.tables()],
     ),
     "rotary.RotaryEmbedding": Call(
         lambda qkv, starts: _rotate(qkv.clone(), seqlen_offset=starts, max_seqlen=POSITIONS),
