@@ -518,6 +518,9 @@ def general_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
             follows up to deterministic as of :func:`general_attention`; allows_tf32(q); whether
             dbias, dslopes and dsinks are wanted, which are empty else.
     """
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _bwd_general(*inputs)  # type: ignore[no-any-return]
     try:
         return _bwd_general_eager(*inputs)  # type: ignore[no-any-return]
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_cuda import _ops
+from flash_attn_cuda.bert_padding import longest_of
 from flash_attn_cuda.reference import attention_scores
 
 
@@ -55,7 +56,7 @@ def signed_probabilities_of_packed(
         return q.new_empty(0)
     cu_seqlens_q, cu_seqlens_k, *used = sequences
     slots = [x.diff() for x in (cu_seqlens_q, cu_seqlens_k)]
-    longest = [int(x.max()) if len(x) else 0 for x in slots]
+    longest = [longest_of(x) for x in slots]
     lengths = [slot if u is None else u for slot, u in zip(slots, used, strict=True)]
     blocks = [-(-size // 128) for size in longest]
     for name, sizes in (("attn_bias", longest), ("attn_mask", longest), ("block_mask", blocks)):
@@ -74,7 +75,7 @@ def signed_probabilities_of_packed(
 def _padded(packed: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """(total, ...) -> (batch, longest, ...); what lies past a sequence's end is of others."""
     rows = cu_seqlens[:-1, None] + torch.arange(longest, device=packed.device)
-    return packed[rows.clamp(max=max(len(packed) - 1, 0))]
+    return packed[rows.clamp(max=max(packed.shape[0] - 1, 0))]
 
 
 def _cut(x: Tensor | None, size_q: int, size_k: int) -> Tensor | None:

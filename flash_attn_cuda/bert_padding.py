@@ -7,6 +7,8 @@ copies and without waiting for the GPU, as :func:`unpad_input` must.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def unpad_input(
     kept = used if unused_mask is None else used | (unused_mask != 0)
     lengths = kept.sum(dim=1, dtype=torch.int32)
     indices = kept.flatten().nonzero().flatten()
-    longest = int(lengths.max()) if len(lengths) > 0 else 0
+    longest = longest_of(lengths)
     tokens = index_first_axis(hidden_states.flatten(0, 1), indices)
     return tokens, indices, _first_rows(lengths), longest, used.sum(dim=1, dtype=torch.int32)
 
@@ -79,10 +81,17 @@ def unpad_input_for_concatenated_sequences(
     is_token = torch.arange(seqlen, device=hidden_states.device) < tokens_of_entry[:, None]
     indices = is_token.flatten().nonzero().flatten()
     lengths = attention_mask_in_length.flatten()
+    longest = longest_of(lengths)
     lengths = lengths[lengths != 0].to(torch.int32)
-    longest = int(lengths.max()) if len(lengths) > 0 else 0
     tokens = index_first_axis(hidden_states.flatten(0, 1), indices)
     return tokens, indices, _first_rows(lengths), longest
+
+
+def longest_of(lengths: Tensor) -> int:
+    """0 where there are none; waits for the GPU. While traced it is a symbol, which int() refuses
+    to be."""
+    longest: Any = lengths.max().item() if lengths.numel() > 0 else 0
+    return longest  # type: ignore[no-any-return]
 
 
 def _first_rows(lengths: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ def flash_attn_func(
         return_max_logit: return, last, the largest score of all pairs seen of each head: (heads,)
             in the dtype of softmax_lse, -inf where there is none, without a gradient.
         generator: torch.Generator of the device of q that dropout's state is drawn from; default:
-            torch's own, as torch.manual_seed() sets it.
+            torch's own, as torch.manual_seed() sets it. torch.compile, which cannot trace one,
+            breaks its graph there.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v), contiguous, in the inputs' dtype; or a tuple as

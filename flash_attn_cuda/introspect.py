@@ -96,7 +96,7 @@ def explain(
         ValueError, TypeError: the tensors' ranks, devices or dtypes, or window_size.
         NotImplementedError: the tensors are on CUDA and this build or torch has no CUDA support.
     """
-    unknown = rules.keys() - RULES
+    unknown = set(rules) - set(RULES)
     if unknown:
         raise TypeError(f"explain: expected rules among {', '.join(RULES)}, got {sorted(unknown)}")
     given = {name for name, rule in rules.items() if isinstance(rule, Tensor) or rule}

@@ -4,6 +4,10 @@
 Ring and context parallelism compute attention over one part of the keys at a time. In forward each
 part gives (out, lse), and :func:`merge` makes them one. In backward each part takes the merged out
 and lse, and gives its own dk and dv and its share of dq; the shares add up.
+
+FORWARD_OPERATORS are the operators that a forward pass may run, eager and traced ones: a policy of
+selective activation checkpointing (torch.utils.checkpoint.create_selective_checkpoint_contexts)
+that keeps attention's results looks for them, or is list(FORWARD_OPERATORS).
 """
 
 from __future__ import annotations
@@ -24,7 +28,20 @@ from flash_attn_cuda._arguments import (
     window_of,
 )
 
-__all__ = ["Gradients", "backward", "dropout_mask", "forward", "merge", "new_rng_state"]
+__all__ = [
+    "FORWARD_OPERATORS",
+    "Gradients",
+    "backward",
+    "dropout_mask",
+    "forward",
+    "merge",
+    "new_rng_state",
+]
+
+FORWARD_OPERATORS = tuple(
+    getattr(torch.ops.flash_attn_cuda, name).default
+    for name in ("fwd", "fwd_eager", "fwd_general", "fwd_general_eager")
+)
 
 
 @dataclass(frozen=True)
@@ -231,7 +248,7 @@ _OTHER_NAMES = {"seqlens_q": "seqused_q", "seqlens_k": "seqused_k"}
 
 def _tensors(options: dict[str, Any]) -> tuple[Tensor | None, ...]:
     """In the order of the operator."""
-    unknown = options.keys() - set(_OPTIONS) - _OTHER_NAMES.keys()
+    unknown = set(options) - set(_OPTIONS) - set(_OTHER_NAMES)
     if unknown:
         raise TypeError(f"expected options among {', '.join(_OPTIONS)}, got {sorted(unknown)}")
     check_optional(**options)

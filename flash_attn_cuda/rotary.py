@@ -8,6 +8,8 @@ RoFormer (Su et al., 2021), equation 34: pair i of channels, (a, b), at position
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ __all__ = [
     "apply_rotary_emb_kv_",
     "apply_rotary_emb_qkv_",
 ]
+
+Tables: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # cos and sin of queries, of keys
 
 
 def apply_rotary_emb(
@@ -47,7 +51,8 @@ def apply_rotary_emb(
 
     Raises:
         ValueError: a shape, or positions that cos and sin have no rows for. On CUDA, where looking
-            at seqlen_offsets and cu_seqlens means waiting, rows at such positions stay as they are.
+            at seqlen_offsets and cu_seqlens means waiting, and in compiled functions, rows at such
+            positions stay as they are.
     """
     _check(x, cos, sin, 4 if cu_seqlens is None else 3)
     positions, exists = _positions(x, seqlen_offsets, cu_seqlens)
@@ -143,7 +148,8 @@ def apply_rotary_emb_kv_(
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotates queries and keys in place, with tables of cos and sin that grow as needed.
+    """Rotates queries and keys in place, with tables of cos and sin that grow as needed. Functions
+    that torch.compile or torch.export has traced make theirs at every call.
 
     Args:
         dim: rotary_dim, even.
@@ -176,7 +182,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.pos_idx_in_fp32 = pos_idx_in_fp32
         share = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
         self.register_buffer("inv_freq", self.base**-share, persistent=False)
-        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._tables: Tables | None = None
 
     def forward(
         self,
@@ -200,10 +206,17 @@ class RotaryEmbedding(torch.nn.Module):
             cu_seqlens: (batch + 1,) int32, first row of each of packed sequences, and their end.
                 Tensors then have a dimension `total` in place of (batch, seqlen), and max_seqlen
                 is total by default. Rows of no sequence stay as they are.
+
+        Raises:
+            ValueError: as :func:`apply_rotary_emb`, and, while traced, where max_seqlen is needed.
         """
         seqlen = qkv.shape[1 if cu_seqlens is None else 0]
         if max_seqlen is None and not isinstance(seqlen_offset, Tensor):
             max_seqlen = seqlen + seqlen_offset
+        if max_seqlen is None and torch.compiler.is_compiling():
+            raise ValueError(
+                "max_seqlen: expected a number beside a tensor seqlen_offset, got None"
+            )
         cos, sin, cos_k, sin_k = self._tables_for(max_seqlen or seqlen, qkv)
         if kv is None:
             return apply_rotary_emb_qkv_(
@@ -216,7 +229,7 @@ class RotaryEmbedding(torch.nn.Module):
         )
         return q, kv
 
-    def _tables_for(self, seqlen: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _tables_for(self, seqlen: int, like: Tensor) -> Tables:
         """cos and sin of queries and of keys, (seqlen or more, dim / 2), of dtype and device of
         `like`. Those of xPos depend on where the middle is, so they are of seqlen exactly."""
         if torch.compiler.is_compiling():
@@ -230,7 +243,7 @@ class RotaryEmbedding(torch.nn.Module):
         self._tables = self._new_tables(seqlen, like)
         return self._tables
 
-    def _new_tables(self, seqlen: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _new_tables(self, seqlen: int, like: Tensor) -> Tables:
         dtype = torch.float32 if self.pos_idx_in_fp32 else self.inv_freq.dtype
         positions = torch.arange(seqlen, device=like.device, dtype=dtype)
         share = torch.arange(0, self.dim, 2, device=like.device, dtype=dtype) / self.dim

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
+from flash_attn_cuda.demo.gpt import GPT, GPTConfig
+from tests.support.dropout import dropped_uniform, kept_in_both_passes, uniform_attention
 
 LENGTHS = (64, 33, 65, 130)
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -161,19 +163,40 @@ def test_inductor_equals_eager(device: str) -> None:
             torch.testing.assert_close(got, expected)
 
 
-def test_export(device: str) -> None:
-    class Attention(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flash_attn_func(q, k, v, causal=True)
+def _train(device: str, *, compiled: bool) -> tuple[list[float], list[Tensor]]:
+    """Losses and parameters of a few steps of a transformer block."""
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(layers=1, heads=2, width=32)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = (torch.randn(2, 40, 2, 16, device=device, dtype=dtype) for _ in range(3))
-    seqlen = torch.export.Dim("seqlen", min=2, max=4096)
-    program = torch.export.export(
-        Attention(), (q, k, v), dynamic_shapes=({1: seqlen}, {1: seqlen}, {1: seqlen})
-    )
-    longer = torch.randn(2, 77, 2, 16, device=device, dtype=dtype)
-    assert torch.equal(
-        program.module()(longer, longer, longer),
-        flash_attn_func(longer, longer, longer, causal=True),
-    )
+    def loss_of(tokens: Tensor) -> Tensor:
+        logits = model(tokens[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    step = optimizer.step
+    if compiled:
+        loss_of = torch.compile(loss_of, fullgraph=True)
+        step = torch.compile(step)
+    losses = []
+    for _ in range(4):
+        loss = loss_of(torch.randint(256, (2, 41), device=device))
+        loss.backward()
+        step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, [x.detach() for x in model.parameters()]
+
+
+@pytest.mark.slow
+def test_a_compiled_block_trains_as_in_eager_mode(device: str) -> None:
+    losses, parameters = _train(device, compiled=True)
+    expected_losses, expected_parameters = _train(device, compiled=False)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=0)
+    torch.testing.assert_close(parameters, expected_parameters, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_inductor_drops_the_same_in_both_passes_and_anew_in_each_call(device: str) -> None:
+    compiled = torch.compile(lambda q, k, v: 1.0 * dropped_uniform(q, k, v), fullgraph=True)
+    masks = [kept_in_both_passes(compiled, *uniform_attention(device)) for _ in range(4)]
+    assert len({mask.cpu().numpy().tobytes() for mask in masks}) == len(masks)

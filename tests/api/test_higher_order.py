@@ -17,7 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 
 from flash_attn_cuda import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from flash_attn_cuda.reference import attention_ref
-from tests.support.calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
+from tests.support.random_calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
 
 Function = Callable[..., tuple[Tensor, ...]]
 KINDS = [(packed, seed) for packed in (False, True) for seed in range(6)]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func, lowlevel
 from flash_attn_cuda.reference import attention_ref
-from tests.support.calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
+from tests.support.random_calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
 
 SIZE = 3
 QKV = ("q", "k", "v")
