@@ -83,7 +83,6 @@ def visible_pairs(
 
     rows: consecutive queries, default all. The result, and attn_mask, are of these rows alone.
     """
-    rows = range(seqlen_q) if rows is None else rows
     lengths = (seqlens_q, seqlens_k)
     query, key, length_q, length_k = _places(rows, seqlen_q, seqlen_k, *lengths, device)
     distance = _distance(rows, seqlen_q, seqlen_k, *lengths, device)
@@ -92,7 +91,9 @@ def visible_pairs(
         visible = visible | (key < prefix_lens[:, None, None, None])
     visible = visible & (query < length_q) & (key < length_k)
     if document_ids is not None:
-        of_query = document_ids[:, None, rows.start : rows.stop, None]
+        of_query = document_ids[:, None, :, None]
+        if rows is not None:
+            of_query = of_query[:, :, rows.start : rows.stop]
         visible = visible & (of_query == document_ids[:, None, None, :])
     if key_padding_mask is not None:
         visible = visible & key_padding_mask[:, None, None, :]
@@ -135,7 +136,6 @@ def attention_ref(
     or only scores of -inf, has out 0, lse -inf (or its sink) and gradients of 0 but for the sink's.
     """
     seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
-    rows = range(seqlen_q) if rows is None else rows
     scores = attention_scores(q, k, rows=rows, seqlen_q=seqlen_q, upcast=upcast, **of_scores)
     seen = (scores != -math.inf).any(dim=2)[..., None]
     # NaN times 0 is NaN: rows without a pair are 0.
@@ -183,7 +183,6 @@ def attention_scores(
     `attention_ref`, and `visibility` are the arguments of `visible_pairs`.
     """
     seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
-    rows = range(seqlen_q) if rows is None else rows
     visible = visible_pairs(seqlen_q, k.shape[1], rows=rows, device=q.device, **visibility)
     seeing, seen = visible.any(dim=3)[..., None], visible.any(dim=2)[..., None]
     heads = q.shape[2]
@@ -301,7 +300,7 @@ def _scale_or_default(softmax_scale: float | None, head_dim: int) -> float:
 
 
 def _places(
-    rows: range,
+    rows: range | None,
     seqlen_q: int,
     seqlen_k: int,
     seqlens_q: Tensor | None,
@@ -309,7 +308,9 @@ def _places(
     device: torch.device | str | None,
 ) -> tuple[Tensor, Tensor, int | Tensor, int | Tensor]:
     """Queries, keys and how many exist, each broadcastable to (batch, 1, rows, seqlen_k)."""
-    query = torch.arange(rows.start, rows.stop, device=device)[None, None, :, None]
+    # A range of a length that is traced would be a constant of the graph.
+    first, end = (0, seqlen_q) if rows is None else (rows.start, rows.stop)
+    query = torch.arange(first, end, device=device)[None, None, :, None]
     key = torch.arange(seqlen_k, device=device)[None, None, None, :]
     length_q = seqlen_q if seqlens_q is None else seqlens_q[:, None, None, None]
     length_k = seqlen_k if seqlens_k is None else seqlens_k[:, None, None, None]
@@ -317,7 +318,7 @@ def _places(
 
 
 def _distance(
-    rows: range,
+    rows: range | None,
     seqlen_q: int,
     seqlen_k: int,
     seqlens_q: Tensor | None,
