@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +58,19 @@ def test_runs_on_the_current_stream() -> None:
         got = _step(*late)
     torch.cuda.current_stream().wait_stream(stream)
     _assert_same(got, expected)
+
+
+@pytest.mark.parametrize("options", ["", "softcap=5.0"])
+def test_backward_may_be_the_first_work_of_autograds_thread(options: str) -> None:
+    """Which has no CUDA context before."""
+    program = f"""
+import torch
+from flash_attn_cuda import flash_attn_func
+q, k, v, dout = torch.randn(4, 2, 200, 2, 64, device="cuda", dtype=torch.bfloat16)
+out = flash_attn_func(q.requires_grad_(), k, v, {options})
+torch.autograd.grad(out, q, dout)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_runs_on_the_device_of_its_tensors() -> None:
