@@ -13,8 +13,21 @@ For a model that exists::
     hf.unpatch_hf_model(model)
 
 Padding on either side, packed sequences, sliding windows, caches of any kind, softcap, sinks and
-biases with their gradients run in the kernels. transformers 4.53 or newer is needed; importing this
-module changes nothing.
+biases with their gradients run in the kernels. Patterns of other kinds (Llama 4's chunks, blocks of
+an image, a user's own) come as a mask of all pairs, which takes as much memory as it does in
+transformers, and so do masks that models make by themselves. Rows of padding hold 0, or what nobody
+reads. output_attentions=True raises: nobody holds the probabilities.
+
+transformers 4.53 or newer is needed. What older versions lack:
+
+- Before 5.15 T5, before 5.7 ModernBERT and before 5.0 BERT ask no registry and cannot be patched.
+- Before 5.1 GPT-2 tells its attention where packed sequences begin only without a cache, and in
+  4.53 not at all; like eager attention, ours then takes them for one.
+- Before 5.0 BART, and in 4.53 GPT-2, make masks of all pairs by themselves.
+
+Under torch.compile nobody can look at positions: those of a batch of one row may tell of packed
+sequences, those of more rows are taken for one each. Before torch 2.14 a compiled window is a mask
+of all pairs. Importing this module changes nothing.
 """
 
 from __future__ import annotations

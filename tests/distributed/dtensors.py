@@ -10,6 +10,7 @@ On as many GPUs through NCCL where --device is cuda, else on the CPU through glo
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -73,8 +74,11 @@ def main() -> None:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         for dim in BATCH_OR_HEADS:
             check(mesh, dim)
+        del mesh
+        gc.collect()  # tensors hold threads of the process group, which must end before it does
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # torch's threads may outlive the interpreter's end, which then aborts
 
 
 if __name__ == "__main__":

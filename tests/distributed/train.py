@@ -102,7 +102,8 @@ def train(
     model: nn.Module, parameters: list[nn.Parameter], share: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """The losses; parameters change. share: what of a batch this process sees."""
-    optimizer = torch.optim.SGD(parameters, lr=0.2, momentum=0.9)
+    # With tensor parallelism some parameters are DTensors, and some are not: no list of all.
+    optimizer = torch.optim.SGD(parameters, lr=0.2, momentum=0.9, foreach=False)
     generator = torch.Generator().manual_seed(1)
     device = parameters[0].device
     losses = []
@@ -167,6 +168,7 @@ def main() -> None:
             gc.collect()  # models hold threads of the process group, which must end before it does
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # torch's threads may outlive the interpreter's end, which then aborts
 
 
 if __name__ == "__main__":

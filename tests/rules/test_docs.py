@@ -23,8 +23,9 @@ READMES = ("README.md", "csrc/README.md", "benchmarks/README.md")
 
 
 def test_tables_are_those_of_the_kernels_and_of_the_tests() -> None:
-    tables = readme_tables.all_tables()
-    assert tables in README, "paste the output of python -m tests.support.readme_tables"
+    told = "paste the output of python -m tests.support.readme_tables"
+    assert readme_tables.of_features() in README, told
+    assert readme_tables.of_tiles() in (ROOT / "benchmarks/README.md").read_text(), told
 
 
 @pytest.mark.skipif(BUILD["cuda_version"] is None, reason="this build has no CUDA kernels")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Prints the README's tables of what runs, from the kernel table and from what the tests draw:
-`python -m tests.support.readme_tables`."""
+"""Prints the tables of what runs, from the kernel table and from what the tests draw:
+`python -m tests.support.readme_tables`. The first part is the README's, the second that of
+benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -140,21 +141,24 @@ def tiles(kernels: list[Row]) -> str:
     )
 
 
-def all_tables() -> str:
+def of_features() -> str:
     kernels = flash_attn_cuda.build_info()["kernels"]
-    memory = "; ".join(f"{kib} KiB on {names}" for kib, names in MEMORY.items())
     return f"""\
 {families(kernels)}
 
 By feature, the largest head_dim that runs it. On Hopper sm80 runs what sm90 does not. {pairs()}
 
-{features(kernels)}
+{features(kernels)}"""
 
+
+def of_tiles() -> str:
+    memory = "; ".join(f"{kib} KiB on {names}" for kib, names in MEMORY.items())
+    return f"""\
 On CUDA, 16-bit without bias and mask, in tiles (queries x keys) by the shared memory of a block:
 {memory}; and on Hopper (9.0, 227 KiB), which prefers sm90.
 
-{tiles(kernels)}"""
+{tiles(flash_attn_cuda.build_info()["kernels"])}"""
 
 
 if __name__ == "__main__":
-    print(all_tables())
+    print(of_features(), of_tiles(), sep="\n\n")
