@@ -13,7 +13,6 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import (
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
 from flash_attn_cuda.lowlevel import FORWARD_OPERATORS
+from tests.support.operators import CountOperators
 
 Function = Callable[..., Tensor]
 
@@ -71,18 +71,6 @@ def _results(function: Function, qkv: list[Tensor]) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out.square().sum(), qkv)
 
 
-class _Count(TorchDispatchMode):
-    """How often an operator of a forward pass runs."""
-
-    runs = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.runs += func in FORWARD_OPERATORS
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("context", [BY_POLICY, BY_LIST, None], ids=["policy", "list", "all"])
 @pytest.mark.parametrize("attention", ATTENTION.values(), ids=list(ATTENTION))
 def test_eager(device: str, attention: Function, context: Callable[[], Any] | None) -> None:
@@ -95,9 +83,9 @@ def test_eager(device: str, attention: Function, context: Callable[[], Any] | No
     expected = _results(attention, qkv)
     assert all(map(torch.equal, _results(checkpointed, qkv), expected))
     if device == "cpu":  # whose backward pass runs in this thread, where the count sees it
-        with _Count() as count:
+        with CountOperators() as count:
             _results(checkpointed, qkv)
-        assert count.runs == (2 if context is None else 1)
+        assert count.forward == (2 if context is None else 1)
 
 
 @pytest.mark.parametrize("context", [BY_POLICY, BY_LIST, None], ids=["policy", "list", "all"])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,25 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func, lowlevel
 from flash_attn_cuda.reference import attention_ref
+from tests.support.operators import CountOperators
 from tests.support.random_calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
 
 SIZE = 3
 QKV = ("q", "k", "v")
-
-
-class CountCalls(TorchDispatchMode):
-    """How often each operator of the package runs, without the suffix of its eager twin."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.namespace == "flash_attn_cuda":
-            self.calls[function._opname.removesuffix("_eager")] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def _mapped(draw: Draw, call: Call, names: list[str]) -> dict[str, tuple[Tensor, int]]:
@@ -146,12 +131,12 @@ def test_per_sample_gradients_are_one_call_of_each_kernel() -> None:
     q, k, v = _qkv(SIZE, 2)
     bias = torch.randn(2, 1, 7, dtype=torch.float64)
     per_sample = grad(_loss, (0, 1, 2, 3))
-    with CountCalls() as count:
+    with CountOperators() as count:
         got = vmap(per_sample, (0, 0, None, None))(q, k, v[0], bias)
     assert count.calls == {"fwd_general": 1, "bwd_general": 1}
     expected = [per_sample(q[i], k[i], v[0], bias) for i in range(SIZE)]
     assert_close(list(got), [torch.stack(x) for x in zip(*expected, strict=True)])
-    with CountCalls() as count:
+    with CountOperators() as count:
         vmap(grad(lambda q: flash_attn_func(q, k[0], v[0]).sum()))(q)
         with torch.no_grad():
             vmap(flash_attn_func)(q, k, v)
@@ -183,7 +168,7 @@ def test_what_folds_is_one_call(
 ) -> None:
     call = Draw(2, "cpu").call(names, packed=packed, sizes=(5, 7))
     stacked = {name: torch.stack([call.tensors[name]] * SIZE) for name in mapped}
-    with CountCalls() as count:
+    with CountOperators() as count:
         vmap(lambda own: _gradient(Call(call.tensors | own, call.options)))(stacked)
     assert count.calls == {"fwd_general": calls, "bwd_general": calls}
 
@@ -360,7 +345,7 @@ def test_vmap_of_an_exported_program() -> None:
 
     inputs = [*_qkv(SIZE, 2), torch.rand(SIZE, 5, 7) < 0.7]
     module = torch.export.export(Module(), tuple(x[0] for x in inputs)).module()
-    with CountCalls() as count:
+    with CountOperators() as count:
         got = vmap(module)(*inputs)
     assert count.calls == {"fwd": 1, "fwd_general": 1}
     assert_close(list(got), list(vmap(Module())(*inputs)))

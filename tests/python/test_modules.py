@@ -4,13 +4,11 @@ option; packed against padded sequences; and what a training loop does with a mo
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func
 from flash_attn_cuda.modules import (
@@ -20,6 +18,7 @@ from flash_attn_cuda.modules import (
     get_alibi_slopes,
 )
 from flash_attn_cuda.reference import attention_ref
+from tests.support.operators import CountOperators
 from tests.support.plain_mha import plain_mha, weights_of
 
 WIDTH = 48  # 6 heads of 8 channels: no power of two
@@ -337,29 +336,15 @@ def test_checkpointing_drops_the_same_and_keeps_inputs_alone(device: str) -> Non
     assert saved == [True, False]
 
 
-class _Operators(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[func.name()] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_our_kernels_run(name: str) -> None:
     options, _ = OPTIONS[name]
     mha = _mha(6, dtype=torch.float32, **options)
     x = _hidden(2, 17, dtype=torch.float32, device="cpu").requires_grad_()
-    with _Operators() as operators:
+    with CountOperators() as operators:
         mha(x).sum().backward()
-    ours = {n: c for n, c in operators.names.items() if n.startswith("flash_attn_cuda::")}
-    forward = sum(count for n, count in ours.items() if "::fwd" in n)
-    backward = sum(count for n, count in ours.items() if "::bwd" in n)
-    assert (forward, backward) == (2 if mha.checkpointing else 1, 1)
+    assert operators.forward == (2 if mha.checkpointing else 1)
+    assert operators.backward == 1
     assert not [n for n in operators.names if "softmax" in n or "scaled_dot" in n or "bmm" in n]
 
 
