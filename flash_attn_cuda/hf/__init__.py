@@ -13,14 +13,21 @@ For a model that exists::
     hf.unpatch_hf_model(model)
 
 Padding on either side, packed sequences, sliding windows, caches of any kind, softcap, sinks and
-biases with their gradients run in the kernels. Patterns of other kinds (Llama 4's chunks, blocks of
-an image, a user's own) come as a mask of all pairs, which takes as much memory as it does in
-transformers, and so do masks that models make by themselves. Rows of padding hold 0, or what nobody
-reads. output_attentions=True raises: nobody holds the probabilities.
+biases with their gradients run in the kernels. Patterns of other kinds (Llama 4's chunks, windows
+to both sides, blocks of an image, a user's own), patterns that a model's layers do not know by
+themselves, and masks that models make, come as a mask of all pairs, which takes as much memory as
+it does in transformers. output_attentions=True raises, for nobody holds the probabilities, and so
+do models that compute attention without asking for an implementation.
+
+Rows of padding hold 0 where no key is before them, and else what eager attention makes of keys that
+exist. Positions that begin again in a row without a mask, or with a full one, are those of packed
+sequences, as they are to FlashAttention in transformers; to eager attention they are so only without
+a cache. Models that share a configuration are patched together.
 
 transformers 4.53 or newer is needed. What older versions lack:
 
-- Before 5.15 T5, before 5.7 ModernBERT and before 5.0 BERT ask no registry and cannot be patched.
+- Before 5.15 T5, before 5.7 ModernBERT and before 5.0 BERT ask for no implementation and cannot be
+  patched; others fail when they are made, with a KeyError that names fa_cuda.
 - Before 5.1 GPT-2 tells its attention where packed sequences begin only without a cache, and in
   4.53 not at all; like eager attention, ours then takes them for one.
 - Before 5.0 BART, and in 4.53 GPT-2, make masks of all pairs by themselves.

@@ -58,8 +58,8 @@ def attention(
         deterministic: as of flash_attn_cuda.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,): the batch's rows, one after another, are
             packed sequences.
-        position_ids: (batch or 1, seqlen). Where there is no mask and no earlier key, a position
-            that does not follow the one before it begins a packed sequence of a causal layer.
+        position_ids: (batch or 1, seqlen). Where there is no mask and no earlier key, a row that
+            begins again where it began has packed sequences, if the layer is causal.
         output_attentions: only False.
         others: what models tell other implementations.
 

@@ -9,7 +9,8 @@ is
 - bool (batch, keys): which keys exist, beside that. Keys beyond are of a cache not yet filled;
 - int32 (batch, seqlen): which document each token is of, beside that;
 - bool (batch, 1, queries, keys): every pair that is seen, and the layer adds nothing to it. For one
-  query this is no more than a row; for more it is only made for pieces that we do not know.
+  query this is no more than a row; for more it is made of pieces that we do not know, and where a
+  layer may not know itself what the mask says, or wants a mask to work on.
 """
 
 from __future__ import annotations
@@ -23,16 +24,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import masking_utils
 
+from flash_attn_cuda.hf._layers import Layers, layers_of
+
 # Older dynamo cannot look into a function that was made inside the function that it traces.
 _DYNAMO_KNOWS_CLOSURES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What a mask function says. ordered: queries and keys are compared by position."""
+    """What a mask function says.
+
+    ordered: queries and keys are compared by position.
+    window: of a sliding one, "left" if causal, or "both"; else "".
+    """
 
     ordered: bool
     documents: Tensor | None = None
+    window: str = ""
 
 
 def mask_of(
@@ -45,6 +53,7 @@ def mask_of(
     cache_position: Tensor | None = None,
     q_length: int = 0,
     q_offset: int | Tensor = 0,
+    config: Any = None,
     **options: Any,
 ) -> Tensor | None:
     """What transformers.AttentionMaskInterface asks for.
@@ -57,10 +66,24 @@ def mask_of(
             q_offset.
         mask_function: which pairs are seen, beside padding.
         attention_mask: bool (batch, positions from 0 on), True where a token exists; or None.
+        config: the model's.
+
+    Raises:
+        NotImplementedError: a model that computes attention by itself, whatever it was told.
     """
+    kind: Any = type(config)
+    layers = layers_of(kind)
+    if layers.compute_alone:
+        raise NotImplementedError(
+            "attn_implementation: fa_cuda cannot run in models of "
+            f"{type(config).__name__}, which compute attention by themselves; load them with "
+            "attn_implementation='eager'. Other versions of transformers may be able to"
+        )
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     pattern = _pattern_of(mask_function)
+    if pattern is not None and not _is_known(pattern, layers, config, options):
+        pattern = None
     tracing = torch.compiler.is_compiling()
 
     def every_pair() -> Tensor:
@@ -77,6 +100,7 @@ def mask_of(
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
+            config=config,
             **options,
         )
         return mask
@@ -99,6 +123,20 @@ def mask_of(
         device = options.get("device") if cache_position is None else cache_position.device
         return torch.ones(batch_size, keys, dtype=torch.bool, device=device)
     return _existing(attention_mask, end, keys, tracing or keys < kv_length)
+
+
+def _is_known(pattern: _Pattern, layers: Layers, config: Any, options: dict[str, Any]) -> bool:
+    """Whether layers know by themselves what the pattern says, and the model needs no mask."""
+    skip = "allow_is_causal_skip" if pattern.ordered else "allow_is_bidirectional_skip"
+    is_wanted = options.get(skip) is False and pattern.documents is None
+    if is_wanted or not layers.know_causal or getattr(config, "model_type", "") in _MASK_MAKERS:
+        return False
+    if pattern.window:
+        # Of windows to both sides layers tell the width, or one more.
+        return layers.know_window and pattern.window == "left"
+    has_one = getattr(config, "sliding_window", None) is not None
+    is_of_all = has_one and getattr(config, "layer_types", None) is None
+    return not (is_of_all and layers.know_window)
 
 
 def _existing(attention_mask: Tensor | None, end: int, count: int, always: bool) -> Tensor | None:
@@ -128,7 +166,8 @@ def _pattern_of(mask_function: Callable[..., Tensor]) -> _Pattern | None:
     code = getattr(mask_function, "__code__", None)
     names = code.co_freevars if code is not None else ()
     if names == ("sliding_window",):
-        return _Pattern(ordered=True)
+        is_of_both = mask_function.__qualname__.startswith("sliding_window_bidirectional")
+        return _Pattern(ordered=True, window="both" if is_of_both else "left")
     if names not in {("mask_functions",), ("packed_sequence_mask",), _REMAPPED}:
         return None
     given = dict(
@@ -144,13 +183,16 @@ def _pattern_of(mask_function: Callable[..., Tensor]) -> _Pattern | None:
 
 
 _REMAPPED = ("mask_function", "position_ids")
+# Models whose layers make a mask of the one that they get.
+_MASK_MAKERS = ("doge",)
 
 
 def _all_of(patterns: list[_Pattern | None]) -> _Pattern | None:
-    ordered, documents = False, None
+    ordered, documents, window = False, None, ""
     for pattern in patterns:
         if pattern is None or (documents is not None and pattern.documents is not None):
             return None
         ordered = ordered or pattern.ordered
         documents = pattern.documents if documents is None else documents
-    return _Pattern(ordered, documents)
+        window = pattern.window or window
+    return _Pattern(ordered, documents, window)

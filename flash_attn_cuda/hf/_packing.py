@@ -39,11 +39,21 @@ def _remembered_documents(position_ids: Tensor) -> Tensor | None:
     known = _known.get(position_ids)
     if known is None or version is None or known[0] != version:
         documents = _count_documents(position_ids)
-        known = (version, documents if bool((documents[:, -1] > 0).any()) else None)
+        is_packed = (documents[:, -1] > 0).any() & _is_regular(position_ids)
+        known = (version, documents if bool(is_packed) else None)
         _known[position_ids] = known
     return known[1]
 
 
 def _count_documents(position_ids: Tensor) -> Tensor:
-    starts = position_ids.diff(dim=1) != 1
-    return torch.nn.functional.pad(starts.cumsum(1, dtype=torch.int32), (1, 0))
+    return torch.nn.functional.pad(_starts(position_ids).cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def _starts(position_ids: Tensor) -> Tensor:
+    """Of all but the first, whether they are where their row began."""
+    return position_ids[:, 1:] == position_ids[:, :1]
+
+
+def _is_regular(position_ids: Tensor) -> Tensor:
+    """Positions may also leap, repeat or be strided within one sequence."""
+    return ((position_ids.diff(dim=1) == 1) | _starts(position_ids)).all()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_attn_cuda.hf._attention import attention
+from flash_attn_cuda.hf._layers import asks_registry
 from flash_attn_cuda.hf._masks import mask_of
 
 # Without "flash", by which transformers would look for another package.
@@ -67,7 +67,7 @@ def patch_hf_model(model: nn.Module) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
-    patched = tuple(name for name, module in modules.items() if _asks_registry(module))
+    patched = tuple(name for name, module in modules.items() if asks_registry(type(module)))
     skipped = tuple(_other_attention(modules, patched))
     if not patched:
         what = _listed(skipped) if skipped else "it has no attention module"
@@ -101,12 +101,6 @@ def unpatch_hf_model(model: nn.Module) -> None:
         )
     for holder, attribute, value in reversed(_before.pop(model)):
         setattr(holder, attribute, value)
-
-
-def _asks_registry(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _other_attention(modules: dict[str, nn.Module], patched: tuple[str, ...]) -> Iterator[str]:

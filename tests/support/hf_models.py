@@ -26,9 +26,9 @@ _SIZES = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 16}
+GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 16}
 _ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-_BART = {
+BART = {
     "vocab_size": VOCABULARY,
     "d_model": 48,
     "encoder_layers": 2,
@@ -101,23 +101,23 @@ MODELS = (
         {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128},
         packs_from=(5, 1),
     ),
-    Model("llama", "LlamaForCausalLM", "LlamaConfig", "decoder", _GROUPED),
+    Model("llama", "LlamaForCausalLM", "LlamaConfig", "decoder", GROUPED),
     Model(
         *("mistral", "MistralForCausalLM", "MistralConfig", "decoder"),
-        {**_GROUPED, "sliding_window": WINDOW},
+        {**GROUPED, "sliding_window": WINDOW},
     ),
     Model(
         *("gemma2", "Gemma2ForCausalLM", "Gemma2Config", "decoder"),
-        {**_GROUPED, **_ALTERNATING, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 9},
+        {**GROUPED, **_ALTERNATING, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 9},
     ),
     Model(
         *("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", "decoder"),
-        {**_GROUPED, **_ALTERNATING, "query_pre_attn_scalar": 9},
+        {**GROUPED, **_ALTERNATING, "query_pre_attn_scalar": 9},
     ),
-    Model("qwen3", "Qwen3ForCausalLM", "Qwen3Config", "decoder", _GROUPED),
+    Model("qwen3", "Qwen3ForCausalLM", "Qwen3Config", "decoder", GROUPED),
     Model(
         *("gpt_oss", "GptOssForCausalLM", "GptOssConfig", "decoder"),
-        {**_GROUPED, **_ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 2},
+        {**GROUPED, **_ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 2},
     ),
     Model(
         *("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", "decoder"),
@@ -135,7 +135,7 @@ MODELS = (
     Model(  # chunks of keys, which no rule of the kernels says: a mask of pairs
         *("llama4", "Llama4ForCausalLM", "Llama4TextConfig", "decoder"),
         {
-            **_GROUPED,
+            **GROUPED,
             "intermediate_size_mlp": 64,
             "attention_chunk_size": WINDOW,
             "no_rope_layers": [1, 0],
@@ -177,11 +177,11 @@ MODELS = (
         attentions=6,
         patchable_from=(5, 15),
     ),
-    Model("bart", "BartForConditionalGeneration", "BartConfig", "both", _BART, attentions=6),
+    Model("bart", "BartForConditionalGeneration", "BartConfig", "both", BART, attentions=6),
     Model(
         *("whisper", "WhisperForConditionalGeneration", "WhisperConfig", "speech"),
         {
-            **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
+            **{k: v for k, v in BART.items() if k != "max_position_embeddings"},
             "num_mel_bins": 8,
             "max_source_positions": FRAMES // 2,
             "max_target_positions": 64,

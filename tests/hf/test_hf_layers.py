@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models whose layers do not know what their masks say, or never ask for an attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from flash_attn_cuda import hf
+from flash_attn_cuda.hf import _attention
+from tests.support.hf_models import (
+    BART,
+    GROUPED,
+    MODELS,
+    VERSION,
+    WINDOW,
+    Model,
+    make_inputs,
+    tokens,
+    valid_rows,
+)
+from tests.support.operators import CountOperators
+
+hf.register()
+
+_EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 2}
+ODD = (
+    # A window in the mask that layers do not tell.
+    Model(
+        *("phimoe", "PhimoeForCausalLM", "PhimoeConfig", "decoder"),
+        {**GROUPED, **_EXPERTS, "sliding_window": WINDOW},
+        patchable_from=(5, 0),
+    ),
+    Model(
+        *("qwen2_moe", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", "decoder"),
+        {
+            **GROUPED,
+            **_EXPERTS,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 0,
+        },
+        patchable_from=(5, 0),
+    ),
+    # One that layers tell, and the mask has not.
+    Model(
+        *("olmoe", "OlmoeForCausalLM", "OlmoeConfig", "decoder"),
+        {**GROUPED, **_EXPERTS, "hidden_size": 64, "sliding_window": WINDOW},
+        patchable_from=(5, 0),
+    ),
+    # One to both sides.
+    Model(
+        *("mistral both ways", "MistralForCausalLM", "MistralConfig", "decoder"),
+        {**GROUPED, "sliding_window": WINDOW, "is_causal": False},
+        patchable_from=(5, 24),
+    ),
+    # Layers that say that they are not causal.
+    Model(
+        *("nllb_moe", "NllbMoeForConditionalGeneration", "NllbMoeConfig", "both"),
+        {**BART, "num_experts": 2, "decoder_sparse_step": 4, "encoder_sparse_step": 4},
+        attentions=6,
+        patchable_from=(5, 0),
+    ),
+    # Layers that make a mask of their own of the one they get.
+    Model(
+        *("doge", "DogeForCausalLM", "DogeConfig", "decoder"),
+        {**GROUPED, "keep_window_size": 64},
+        patchable_from=(5, 0),
+    ),
+)
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("model", [m for m in ODD if m.patchable], ids=lambda model: model.name)
+def test_what_layers_do_not_know_is_in_the_mask(model: Model, padding: str, device: str) -> None:
+    eager, ours = (m.to(device) for m in model.make_pair())
+    inputs: dict[str, Any] = make_inputs(model, padding)
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    with CountOperators() as count, torch.no_grad():
+        logits = ours(**inputs).logits
+        expected = eager(**inputs).logits
+    assert count.forward == model.attentions
+    rows = valid_rows(model, inputs, expected)
+    assert (logits - expected)[rows].abs().max() <= 2e-5 * expected[rows].abs().max()
+
+
+LIGHT = ("llama", "mistral", "gemma2", "gemma3", "qwen3", "gpt_oss", "deepseek_v3", "bert", "bart")
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_layers_know_takes_no_mask_of_pairs(
+    name: str, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = next(m for m in MODELS if m.name == name)
+    if not model.patchable or (name == "bart" and VERSION < (5, 0)):
+        pytest.skip("not in this transformers")
+    seen = []
+
+    def note(*qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append({k for k, x in options.items() if isinstance(x, torch.Tensor)} - {"sinks"})
+        return torch.empty(*qkv[0].shape[:3], qkv[2].shape[3])
+
+    monkeypatch.setattr(_attention, "flash_attn_func", note)
+    with torch.no_grad():
+        model.make("fa_cuda")(**make_inputs(model, padding))
+    assert len(seen) == model.attentions
+    assert set().union(*seen) == (set() if padding == "none" else {"key_padding_mask"})
+
+
+@pytest.mark.skipif(VERSION < (5, 20), reason="masks of its own, in older transformers")
+@pytest.mark.parametrize("name", ["Bloom", "GPTNeoXJapanese"])
+def test_models_that_compute_attention_alone_are_refused_by_name(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(vocab_size=99, hidden_size=32, num_layers=2)
+    config.num_hidden_layers = 2
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(
+        config, attn_implementation="fa_cuda"
+    )
+    with pytest.raises(NotImplementedError, match=f"fa_cuda cannot run in models of {name}Config"):
+        model(input_ids=tokens(1, 8))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_positions_that_leap_are_of_one_sequence(cache: bool) -> None:
+    eager, ours = next(m for m in MODELS if m.name == "llama").make_pair()
+    ids = tokens(2, 20)
+    leaping = torch.arange(20)[None].expand(2, -1).clone()
+    leaping[:, 10:] += 5
+    grouped = torch.arange(20)[None].expand(2, -1) // 2
+    for positions in (leaping, grouped):
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": cache}
+        if cache:
+            torch.testing.assert_close(
+                ours(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-4
+            )
+        inputs["attention_mask"] = torch.ones_like(ids)
+        torch.testing.assert_close(
+            ours(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-4
+        )
