@@ -21,8 +21,8 @@ do models that compute attention without asking for an implementation.
 
 Rows of padding hold 0 where no key is before them, and else what eager attention makes of keys that
 exist. Positions that begin again in a row without a mask, or with a full one, are those of packed
-sequences, as they are to FlashAttention in transformers; to eager attention they are so only without
-a cache. Models that share a configuration are patched together.
+sequences, as they are to FlashAttention in transformers; to eager attention only without a cache.
+Models that share a configuration are patched together.
 
 transformers 4.53 or newer is needed. What older versions lack:
 
