@@ -80,9 +80,9 @@ def unpad_input_for_concatenated_sequences(
     tokens_of_entry = attention_mask_in_length.sum(dim=1)
     is_token = torch.arange(seqlen, device=hidden_states.device) < tokens_of_entry[:, None]
     indices = is_token.flatten().nonzero().flatten()
-    lengths = attention_mask_in_length.flatten()
+    lengths = attention_mask_in_length.flatten().to(torch.int32)
     longest = longest_of(lengths)
-    lengths = lengths[lengths != 0].to(torch.int32)
+    lengths = lengths[lengths != 0]
     tokens = index_first_axis(hidden_states.flatten(0, 1), indices)
     return tokens, indices, _first_rows(lengths), longest
 

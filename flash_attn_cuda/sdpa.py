@@ -33,9 +33,10 @@ heads, head_dim); softmax_lse is float32 (float64 for float64 inputs); rng_state
 torch.compile traced earlier keeps the operators that it holds: flash operators run what is enabled
 when the graph runs.
 
-What our kernels or torch's operators cannot do raises, and nothing falls back by itself. A row that
-an attn_mask hides with the smallest finite number in place of -inf has the mean of v as output, but
-no gradient to rely on, as in torch's own flash kernel for the CPU.
+What our kernels or torch's operators cannot do raises, as forward-mode AD and double backward do,
+and nothing falls back by itself. A row that an attn_mask hides with the smallest finite number in
+place of -inf has the mean of v as output, but no gradient to rely on, as in torch's own flash kernel
+for the CPU.
 """
 
 from __future__ import annotations

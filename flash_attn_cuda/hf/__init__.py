@@ -33,12 +33,16 @@ transformers 4.53 or newer is needed. What older versions lack:
 - Before 5.0 BART, and in 4.53 GPT-2, make masks of all pairs by themselves.
 
 Under torch.compile nobody can look at positions: those of a batch of one row may tell of packed
-sequences, those of more rows are taken for one each. Before torch 2.14 a compiled window is a mask
-of all pairs. Importing this module changes nothing.
+sequences; those of more rows, or beside a mask, are taken for one each. Before torch 2.14 a
+compiled window is a mask of all pairs. Importing this module changes nothing.
 """
 
 from __future__ import annotations
 
+# First: what it says of a transformers that is too old comes before what others would.
+from flash_attn_cuda.hf import _versions  # noqa: F401
+
+# isort: split
 from flash_attn_cuda.hf._patch import (
     NAME,
     PatchReport,

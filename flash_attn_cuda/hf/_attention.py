@@ -67,10 +67,14 @@ def attention(
         (out, None); out is (batch, seqlen_q, heads, head_dim_v).
 
     Raises:
-        ValueError: output_attentions.
-        NotImplementedError: a choice of keys for each query, or sinks for each of them.
+        ValueError: output_attentions; one of cu_seq_lens_q and cu_seq_lens_k.
+        NotImplementedError: a choice of keys for each query, or sinks for each of them; padding or
+            a bias beside cu_seq_lens_q.
     """
     _refuse(output_attentions, others)
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+        absent = "cu_seq_lens_q" if cu_seq_lens_q is None else "cu_seq_lens_k"
+        raise ValueError(f"{absent}: expected a tensor, as the other side has one, got None")
     q, k, v = (x.transpose(1, 2) for x in _of_one_dtype(query, key, value))
     options: dict[str, Any] = {
         "dropout_p": dropout,
@@ -88,6 +92,11 @@ def attention(
         if sliding_window is not None:
             options.update(window_size=(sliding_window - 1, 0 if causal else sliding_window - 1))
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and not is_complete:
+        if attention_mask is not None and attention_mask.dtype is not torch.int32:
+            raise NotImplementedError(
+                "attention_mask: fa_cuda has none for sequences packed by cu_seq_lens_q, which "
+                "have no padding"
+            )
         out = _packed(q, k, v, cu_seq_lens_q, cu_seq_lens_k, position_bias, options)
     else:
         if attention_mask is not None and not is_complete:

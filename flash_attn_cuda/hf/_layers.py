@@ -7,6 +7,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,8 @@ def asks_registry(layer: type[nn.Module]) -> bool:
 
 def layers_of(config: type) -> Layers:
     """Layers of no module that is found know nothing."""
-    return _layers_of(config)
+    module = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    return Layers() if module is None else _layers_in(module)
 
 
 # What torch.compiler.assume_constant_result sets: torch need not trace the question.
@@ -43,9 +45,8 @@ layers_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _layers_of(config: type) -> Layers:
-    module = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    members = vars(module).values() if module is not None else ()
+def _layers_in(module: ModuleType) -> Layers:
+    members = vars(module).values()
     classes = [x for x in members if inspect.isclass(x) and issubclass(x, nn.Module)]
     layers = [x for x in classes if asks_registry(x)]
     if not layers:

@@ -28,7 +28,7 @@ def documents_of(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
         return None
     if torch.compiler.is_compiling():
         # Nobody can look: one row may be packed, as transformers' collator makes it; more are not.
-        return _count_documents(position_ids) if shape[0] == 1 else None
+        return _count_documents(position_ids) * _is_regular(position_ids) if shape[0] == 1 else None
     documents = _remembered_documents(position_ids)
     return None if documents is None else documents.expand(shape)
 

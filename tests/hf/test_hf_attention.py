@@ -117,6 +117,16 @@ def test_a_bias_beside_each_kind_of_mask() -> None:
             r"head_mask: .*got shape \(4, 10, 10\)",
             {"head_mask": torch.ones(4, 10, 10)},
         ),
+        (ValueError, "cu_seq_lens_k: expected a tensor", {"cu_seq_lens_q": torch.tensor([0, 20])}),
+        (
+            NotImplementedError,
+            "attention_mask: fa_cuda has none for sequences packed",
+            {
+                "mask": torch.ones(2, 10, dtype=torch.bool),
+                "cu_seq_lens_q": torch.tensor([0, 20]),
+                "cu_seq_lens_k": torch.tensor([0, 20]),
+            },
+        ),
         (ValueError, r"attention_mask: .*got shape \(2, 1, 10\)", {"mask": torch.ones(2, 1, 10)}),
         (
             NotImplementedError,

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
+import re
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +14,6 @@ import transformers
 from torch import nn
 
 from flash_attn_cuda import hf
-from flash_attn_cuda.hf import _versions
 from tests.support.hf_models import MODELS, VOCABULARY, Model, make_inputs, tokens
 from tests.support.operators import CountOperators
 
@@ -102,20 +100,19 @@ def test_probabilities_are_refused() -> None:
 
 
 @pytest.mark.parametrize("found", ["4.52.4", None])
-def test_an_old_transformers_or_none_is_refused(
-    found: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def version(name: str) -> str:
-        assert name == "transformers"
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.metadata, "version", version)
-        with pytest.raises(ImportError, match=rf"needs transformers 4.53 .* {found or 'none'}"):
-            importlib.reload(_versions)
-    importlib.reload(_versions)
+def test_an_old_transformers_or_none_is_refused(found: str | None) -> None:
+    program = f"""
+import importlib.metadata
+def version(name, found={found!r}, original=importlib.metadata.version):
+    if name == "transformers" and found is None:
+        raise importlib.metadata.PackageNotFoundError
+    return found if name == "transformers" else original(name)
+importlib.metadata.version = version
+import flash_attn_cuda.hf
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(rf"^ImportError: .*needs transformers 4.53 .* {found or 'none'}", last)
 
 
 def test_importing_registers_nothing() -> None:

@@ -339,7 +339,7 @@ def test_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     disable_sdpa()
 
 
-def test_the_readme(device: str, calls: list[str]) -> None:
+def test_unmodified_code(device: str, calls: list[str]) -> None:
     q, k, v = make_qkv(device)
     flash_attn = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
     namespace: dict[str, Any] = {"q": q, "k": k, "v": v, "torch": torch}
