@@ -35,8 +35,7 @@ when the graph runs.
 
 What our kernels or torch's operators cannot do raises, as forward-mode AD and double backward do,
 and nothing falls back by itself. A row that an attn_mask hides with the smallest finite number in
-place of -inf has the mean of v as output, but no gradient to rely on, as in torch's own flash kernel
-for the CPU.
+place of -inf has the mean of v as output, but no gradient to rely on, as in torch's own kernel.
 """
 
 from __future__ import annotations
