@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from flash_attn_cuda._transforms import per_element
 from flash_attn_cuda.reference import sequence_rows
@@ -54,23 +55,6 @@ class Axes:
                 length = rows.stop - rows.start
                 tensor = tensor.narrow(dim, rows.start if self.packed else 0, length)
         return tensor
-
-    def placed(
-        self, part: Tensor, shape: Shape, index: int, rows_q: slice, rows_k: slice
-    ) -> Tensor:
-        """A sequence's part of a tensor of this shape, with zeros around it."""
-        first = [0] * len(shape)
-        if self.batch is not None:
-            first[self.batch] = index
-        for dim, rows in ((self.query, rows_q), (self.key, rows_k)):
-            if dim is not None and self.packed:
-                first[dim] = rows.start
-        around = [
-            x
-            for dim in reversed(range(len(shape)))
-            for x in (first[dim], shape[dim] - first[dim] - part.shape[dim])
-        ]
-        return torch.nn.functional.pad(part, around)
 
 
 @dataclass(frozen=True)
@@ -136,49 +120,48 @@ class RowFunction:
         outputs = tuple(axes.shifted() for axes in self.outputs)
         return RowFunction(compute, self.constants, inputs, outputs, shapes)
 
-    def of_batch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of one padded batch, a few queries at a time. Nothing is written in place, which
-        torch.func.linearize would not see."""
+    def add_to(self, results: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """One padded batch, a few queries at a time."""
         total = self.inputs[self.constants].queries(tensors[self.constants])
-        if total == 0:
-            return self.zeros(tensors)
-        pieces: list[list[Tensor]] = [[] for _ in self.outputs]
         for first in range(0, total, ROWS):
             rows = min(ROWS, total - first)
             pairs = zip(self.inputs, tensors, strict=True)
             parts = self.compute(first, total, *(x.of_rows(y, first, rows) for x, y in pairs))
-            for axes, piece, part in zip(self.outputs, pieces, parts, strict=True):
-                if axes.query is None and piece:
-                    piece[0] = piece[0] + part
-                else:
-                    piece.append(part.clone())  # not a view that keeps what is larger
-        return [
-            piece[0] if axes.query is None else torch.cat(piece, axes.query)
-            for axes, piece in zip(self.outputs, pieces, strict=True)
-        ]
-
-    def zeros(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        example = tensors[self.constants]
-        return [example.new_zeros(shape) for shape in self.shapes([x.shape for x in tensors])]
+            for axes, result, part in zip(self.outputs, results, parts, strict=True):
+                axes.of_rows(result, first, rows).add_(part)
 
     def __call__(self, sequences: Sequence[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
         """The results, in the dtype of the differentiable tensors.
 
         sequences: cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k; None of padded batches.
         """
+        example = tensors[self.constants]
+        results = tuple(example.new_zeros(x) for x in self.shapes([x.shape for x in tensors]))
+        _refuse_linearize()
         cu_seqlens_q, cu_seqlens_k, used_q, used_k = sequences
         if cu_seqlens_q is None or cu_seqlens_k is None:
-            return tuple(self.of_batch(tensors))
-        results = self.zeros(tensors)
+            self.add_to(results, tensors)
+            return results
         both = (sequence_rows(cu_seqlens_q, used_q), sequence_rows(cu_seqlens_k, used_k))
         for index, rows in enumerate(zip(*both, strict=True)):
-            pairs = zip(self.inputs, tensors, strict=True)
-            parts = self.of_batch([axes.of_sequence(x, index, *rows) for axes, x in pairs])
-            results = [
-                result + axes.placed(part, result.shape, index, *rows)
-                for axes, result, part in zip(self.outputs, results, parts, strict=True)
-            ]
-        return tuple(results)
+
+            def of_sequence(axes: Axes, x: Tensor, index: int = index, rows: Any = rows) -> Tensor:
+                return axes.of_sequence(x, index, *rows)
+
+            self.add_to(
+                list(map(of_sequence, self.outputs, results)),
+                list(map(of_sequence, self.inputs, tensors)),
+            )
+        return results
+
+
+def _refuse_linearize() -> None:
+    """Which folds what no tangent reaches, and does not see that results are written in place."""
+    if get_proxy_mode() is not None and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.func.linearize and make_fx of flash_attn_cuda's derivatives beyond the first "
+            "are not implemented: use torch.func.jvp"
+        )
 
 
 class _ByRows(torch.autograd.Function):

@@ -261,12 +261,12 @@ def test_nothing_is_lost_without_grad_mode() -> None:
     assert_close(got, expected)
 
 
-def test_linearize() -> None:
-    """Which folds what no tangent reaches, and does not see what is written in place."""
-    q, k, v, tangent = torch.randn(4, 2, 70, 2, 16, dtype=torch.float64)
+def test_linearize_is_refused() -> None:
+    """Of derivatives beyond the first, whose results it would take for zeros."""
+    q, k, v = torch.randn(3, 2, 70, 2, 16)
     gradient = torch.func.grad(lambda q: flash_attn_func(q, k, v, causal=True).square().sum())
-    pushed = torch.func.linearize(gradient, q)[1](tangent)
-    torch.testing.assert_close(pushed, torch.func.jvp(gradient, (q,), (tangent,))[1])
+    with pytest.raises(NotImplementedError, match=r"linearize .* use torch\.func\.jvp"):
+        torch.func.linearize(gradient, q)
 
 
 MEASURE_RSS = """
@@ -291,14 +291,13 @@ def step(seqlen, kind):
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-for seqlen in (128, 3072, 6144):
+for seqlen in (128, 2048, 4096):
     for kind in ("jvp", "penalty", "func"):
         step(seqlen, kind)
     print(peak())
 """
 
 
-@pytest.mark.slow
 def test_memory_is_linear_in_seqlen() -> None:
     pytest.importorskip("resource", reason="the peak of a process is read with it")
     # By a shell between: a process begins with the peak of the one that made it.
@@ -306,7 +305,7 @@ def test_memory_is_linear_in_seqlen() -> None:
     printed = subprocess.run(shell, check=True, capture_output=True, text=True).stdout
     start, once, twice = map(int, printed.split())
     assert twice - start < 3 * max(once - start, 8 << 20)
-    assert twice - start < 4 * 6144 * 6144  # less than all scores in float32
+    assert twice - start < 4 * 4096 * 4096  # less than all scores in float32
 
 
 @pytest.mark.gpu

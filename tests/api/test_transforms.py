@@ -312,7 +312,11 @@ def test_traced(name: str) -> None:
     expected = function(*qkv)
     torch._dynamo.reset()
     assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(*qkv), expected)
-    assert_close(make_fx(function)(*qkv)(*qkv), expected)
+    if name in ("jvp", "grad of grad"):  # of the second order
+        with pytest.raises(NotImplementedError, match="make_fx"):
+            make_fx(function)(*qkv)
+    else:
+        assert_close(make_fx(function)(*qkv)(*qkv), expected)
 
 
 @pytest.mark.parametrize("is_strict", [False, True])
