@@ -28,6 +28,10 @@ from flash_attn_cuda.hf._layers import Layers, layers_of
 
 # Older dynamo cannot look into a function that was made inside the function that it traces.
 _DYNAMO_KNOWS_CLOSURES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+# What transformers gives the function that lets positions count within documents.
+_REMAPPED = ("mask_function", "position_ids")
+# Models whose layers make a mask of the one that they get.
+_MASK_MAKERS = ("doge",)
 
 
 @dataclass(frozen=True)
@@ -180,11 +184,6 @@ def _pattern_of(mask_function: Callable[..., Tensor]) -> _Pattern | None:
     if mask_function.__name__ != "and_mask":
         return None
     return _all_of([_pattern_of(piece) for piece in given["mask_functions"]])
-
-
-_REMAPPED = ("mask_function", "position_ids")
-# Models whose layers make a mask of the one that they get.
-_MASK_MAKERS = ("doge",)
 
 
 def _all_of(patterns: list[_Pattern | None]) -> _Pattern | None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -27,8 +27,9 @@ _HELD = {
     "_use_flash_attention_2": False,
 }
 
-# Of each patched model: holders, attributes, and what these were.
-_before: WeakKeyDictionary[nn.Module, list[tuple[Any, str, Any]]] = WeakKeyDictionary()
+# Of each patched model: holders, one of which may be the model, attributes, and what these were.
+_Held = tuple[ReferenceType[Any], str, Any]
+_before: WeakKeyDictionary[nn.Module, list[_Held]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def patch_hf_model(model: nn.Module) -> PatchReport:
     for holder in _holders(modules, patched):
         for attribute, value in _HELD.items():
             if attribute in vars(holder) and vars(holder)[attribute] != value:
-                before.append((holder, attribute, vars(holder)[attribute]))
+                before.append((ref(holder), attribute, vars(holder)[attribute]))
                 setattr(holder, attribute, value)
     report = PatchReport(patched, skipped)
     if skipped:
@@ -99,8 +100,10 @@ def unpatch_hf_model(model: nn.Module) -> None:
         raise ValueError(
             f"model: expected one that patch_hf_model() was given, got {type(model).__name__}"
         )
-    for holder, attribute, value in reversed(_before.pop(model)):
-        setattr(holder, attribute, value)
+    for held, attribute, value in reversed(_before.pop(model)):
+        holder = held()
+        if holder is not None:
+            setattr(holder, attribute, value)
 
 
 def _other_attention(modules: dict[str, nn.Module], patched: tuple[str, ...]) -> Iterator[str]:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -68,6 +70,15 @@ def test_the_name_that_a_model_had_comes_back() -> None:
     assert _calls(model, inputs) == 0
     with pytest.raises(ValueError, match=r"^model: expected one that patch_hf_model\(\) was given"):
         hf.unpatch_hf_model(model)
+
+
+def test_a_patched_model_is_not_kept_alive() -> None:
+    model = next(m for m in MODELS if m.name == "gpt2").make("sdpa").transformer
+    hf.patch_hf_model(model)
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
 
 
 def test_a_part_that_cannot_be_patched_is_named() -> None:
