@@ -131,7 +131,8 @@ def mask_of(
 
 def _is_known(pattern: _Pattern, layers: Layers, config: Any, options: dict[str, Any]) -> bool:
     """Whether layers know by themselves what the pattern says, and the model needs no mask."""
-    skip = "allow_is_causal_skip" if pattern.ordered else "allow_is_bidirectional_skip"
+    is_causal = pattern.ordered and pattern.window != "both"
+    skip = "allow_is_causal_skip" if is_causal else "allow_is_bidirectional_skip"
     is_wanted = options.get(skip) is False and pattern.documents is None
     if is_wanted or not layers.know_causal or getattr(config, "model_type", "") in _MASK_MAKERS:
         return False

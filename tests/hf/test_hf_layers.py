@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import masking_utils
 
 from flash_attn_cuda import hf
 from flash_attn_cuda.hf import _attention
+from flash_attn_cuda.hf._masks import mask_of
 from tests.support.hf_models import (
     BART,
     GROUPED,
@@ -69,7 +71,7 @@ ODD = (
     # Layers that make a mask of their own of the one they get.
     Model(
         *("doge", "DogeForCausalLM", "DogeConfig", "decoder"),
-        {**GROUPED, "keep_window_size": 64},
+        {**GROUPED, "keep_window_size": 5},
         patchable_from=(5, 0),
     ),
 )
@@ -125,8 +127,26 @@ def test_models_that_compute_attention_alone_are_refused_by_name(name: str) -> N
         model(input_ids=tokens(1, 8))
 
 
+def test_one_query_of_a_cache_not_yet_filled_waits_for_nothing() -> None:
+    """Its position is on the device: the mask is a row of the pairs that are seen."""
+    mask = mask_of(
+        batch_size=1,
+        kv_length=8,
+        mask_function=masking_utils.causal_mask_function,
+        config=next(m for m in MODELS if m.name == "llama").make().config,
+        **(
+            {"cache_position": torch.tensor([3])}
+            if VERSION < (5, 0)
+            else {"q_length": 1, "q_offset": torch.tensor(3)}
+        ),
+    )
+    assert mask is not None
+    assert mask.tolist() == [[[[True] * 4 + [False] * 4]]]
+
+
 @pytest.mark.parametrize("cache", [False, True])
-def test_positions_that_leap_are_of_one_sequence(cache: bool) -> None:
+def test_leaps_of_positions_are_read_as_eager_attention_reads_them(cache: bool) -> None:
+    """Beginnings of packed sequences where it has neither a cache nor a mask, else nothing."""
     eager, ours = next(m for m in MODELS if m.name == "llama").make_pair()
     ids = tokens(2, 20)
     leaping = torch.arange(20)[None].expand(2, -1).clone()
@@ -134,11 +154,6 @@ def test_positions_that_leap_are_of_one_sequence(cache: bool) -> None:
     grouped = torch.arange(20)[None].expand(2, -1) // 2
     for positions in (leaping, grouped):
         inputs = {"input_ids": ids, "position_ids": positions, "use_cache": cache}
-        if cache:
-            torch.testing.assert_close(
-                ours(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-4
-            )
-        inputs["attention_mask"] = torch.ones_like(ids)
-        torch.testing.assert_close(
-            ours(**inputs).logits, eager(**inputs).logits, rtol=1e-4, atol=1e-4
-        )
+        for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
+            got, expected = (m(**inputs, **mask).logits for m in (ours, eager))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
