@@ -66,8 +66,8 @@ def mask_of(
         batch_size, q_length, kv_length: of the layer's tensors; kv_length may be all that a cache
             can hold.
         q_offset, kv_offset: positions of their first rows.
-        cache_position: positions of the queries, before transformers 5 instead of q_length and
-            q_offset.
+        cache_position: positions of the queries, which older transformers give instead of q_length
+            and q_offset.
         mask_function: which pairs are seen, beside padding.
         attention_mask: bool (batch, positions from 0 on), True where a token exists; or None.
         config: the model's.
@@ -91,10 +91,9 @@ def mask_of(
     tracing = torch.compiler.is_compiling()
 
     def every_pair() -> Tensor:
-        where = {"cache_position": cache_position, "q_length": q_length, "q_offset": q_offset}
-        before_5 = cache_position is not None
+        where = {"q_length": q_length, "q_offset": q_offset}
         options.update(
-            {k: v for k, v in where.items() if (k == "cache_position") == before_5},
+            where if cache_position is None else {"cache_position": cache_position},
             allow_is_causal_skip=False,
             allow_is_bidirectional_skip=False,
         )
