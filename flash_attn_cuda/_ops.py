@@ -399,6 +399,7 @@ def _traces_transforms() -> bool:
     return True
 
 
+# As above: the answer is one for the whole graph.
 _traces_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -353,6 +353,7 @@ def _expand_blocks(block_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def sequence_rows(cu_seqlens: Tensor, seqused: Tensor | None) -> list[slice]:
+    """The rows of each packed sequence that count; waits for the GPU."""
     begins, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
     if seqused is not None:
         lengths = zip(begins, ends, seqused.tolist(), strict=True)

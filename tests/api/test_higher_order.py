@@ -17,18 +17,25 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 
 from flash_attn_cuda import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from flash_attn_cuda.reference import attention_ref
-from tests.support.random_calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
+from tests.support.random_calls import (
+    DIFFERENTIABLE,
+    PACKED,
+    PADDED,
+    Draw,
+    RandomCall,
+    assert_close,
+)
 
 Function = Callable[..., tuple[Tensor, ...]]
 KINDS = [(packed, seed) for packed in (False, True) for seed in range(6)]
 
 
-def _function(call: Call, of: Callable[..., tuple[Tensor, Tensor]]) -> Function:
+def _function(call: RandomCall, of: Callable[..., tuple[Tensor, Tensor]]) -> Function:
     """Of the tensors that it is differentiable in."""
     return lambda *inputs: of(**dict(zip(call.differentiable, inputs, strict=True)))
 
 
-def _inputs(call: Call) -> list[Tensor]:
+def _inputs(call: RandomCall) -> list[Tensor]:
     return [call.tensors[name].detach().clone() for name in call.differentiable]
 
 

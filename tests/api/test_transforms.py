@@ -16,13 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flash_attn_cuda import flash_attn_func, flash_attn_varlen_func, lowlevel
 from flash_attn_cuda.reference import attention_ref
 from tests.support.operators import CountOperators
-from tests.support.random_calls import DIFFERENTIABLE, PACKED, PADDED, Call, Draw, assert_close
+from tests.support.random_calls import (
+    DIFFERENTIABLE,
+    PACKED,
+    PADDED,
+    Draw,
+    RandomCall,
+    assert_close,
+)
 
 SIZE = 3
 QKV = ("q", "k", "v")
 
 
-def _mapped(draw: Draw, call: Call, names: list[str]) -> dict[str, tuple[Tensor, int]]:
+def _mapped(draw: Draw, call: RandomCall, names: list[str]) -> dict[str, tuple[Tensor, int]]:
     """For these arguments, SIZE different tensors stacked along any dimension, which is told."""
     heads, sizes = call.tensors["q"].shape[-2], [call.tensors[x].shape[-3] for x in ("q", "k")]
     mapped = {}
@@ -46,13 +53,13 @@ def _mapped(draw: Draw, call: Call, names: list[str]) -> dict[str, tuple[Tensor,
     return mapped
 
 
-def _elements(call: Call, mapped: dict[str, tuple[Tensor, int]]) -> Iterator[Call]:
+def _elements(call: RandomCall, mapped: dict[str, tuple[Tensor, int]]) -> Iterator[RandomCall]:
     for index in range(SIZE):
         own = {name: x.select(dim, index) for name, (x, dim) in mapped.items()}
-        yield Call(call.tensors | own, call.options)
+        yield RandomCall(call.tensors | own, call.options)
 
 
-def _check_vmap(draw: Draw, call: Call, names: list[str]) -> None:
+def _check_vmap(draw: Draw, call: RandomCall, names: list[str]) -> None:
     """Forward with and without gradients of autograd, and both orders of vmap and vjp."""
     mapped = _mapped(draw, call, names)
     tensors = call.tensors | {name: x for name, (x, _) in mapped.items()}
@@ -143,7 +150,7 @@ def test_per_sample_gradients_are_one_call_of_each_kernel() -> None:
     assert count.calls == {"fwd": 2, "bwd": 1}
 
 
-def _gradient(call: Call) -> Tensor:
+def _gradient(call: RandomCall) -> Tensor:
     """Needs gradients of q, k, v alone."""
     q, k, v = (call.tensors[name] for name in QKV)
 
@@ -169,7 +176,7 @@ def test_what_folds_is_one_call(
     call = Draw(2, "cpu").call(names, packed=packed, sizes=(5, 7))
     stacked = {name: torch.stack([call.tensors[name]] * SIZE) for name in mapped}
     with CountOperators() as count:
-        vmap(lambda own: _gradient(Call(call.tensors | own, call.options)))(stacked)
+        vmap(lambda own: _gradient(RandomCall(call.tensors | own, call.options)))(stacked)
     assert count.calls == {"fwd_general": calls, "bwd_general": calls}
 
 
@@ -208,7 +215,7 @@ def test_no_elements(packed: bool, names: tuple[str, ...]) -> None:
     out, lse = vmap(lambda own: call.flash(**own))(stacked)
     expected = call.flash()
     assert [out.shape, lse.shape] == [(0, *x.shape) for x in expected]
-    gradients = vmap(lambda own: _gradient(Call(own, call.options)))(stacked)
+    gradients = vmap(lambda own: _gradient(RandomCall(own, call.options)))(stacked)
     assert gradients.shape == (0, *call.tensors["q"].shape)
 
 

@@ -28,7 +28,7 @@ BATCH = 2
 
 
 @dataclass(frozen=True)
-class Call:
+class RandomCall:
     """tensors: all of them by name, q, k and v first; options: what else the functions take."""
 
     tensors: dict[str, Tensor]
@@ -82,7 +82,7 @@ class Draw:
         *,
         packed: bool = False,
         sizes: tuple[int, int] | None = None,
-    ) -> Call:
+    ) -> RandomCall:
         """names: of PADDED or PACKED, default some; sizes: seqlen_q and seqlen_k, alike."""
         if names is None:
             names = self.some(PACKED if packed else PADDED, 0.35)
@@ -110,7 +110,7 @@ class Draw:
             "softcap": self.random.choice((0.0, 2.0)),
             "window_size": self.random.choice(((-1, -1), (-1, 0), (40, 2))),
         }
-        return Call(tensors, options)
+        return RandomCall(tensors, options)
 
     def _packed_lengths(self, longest: int) -> Tensor:
         shortest = min(4, longest)
